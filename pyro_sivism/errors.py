@@ -1,0 +1,60 @@
+"""Exceptions and warnings. Each says what it got, what it expected and what to do about it.
+
+All exceptions derive from :class:`SivismError`, and also from the built-in a caller would expect
+(``ValueError`` for a bad argument or model, ``RuntimeError`` for a call out of order), so that
+both ``except SivismError`` and ``except ValueError`` read naturally.
+"""
+
+from __future__ import annotations
+
+
+class SivismError(Exception):
+    """Base class of every exception this package raises on purpose."""
+
+
+class ModelError(SivismError, ValueError):
+    """The model cannot be fitted as it is; the message names the site and the cure."""
+
+
+class UnsupportedSiteError(ModelError):
+    """A latent site whose support has no map to an unconstrained space."""
+
+
+class EmptyModelError(ModelError):
+    """The model has no continuous latent site, so there is nothing to infer."""
+
+
+class NonDeterministicModelError(ModelError):
+    """The log density changes between two evaluations at the same point."""
+
+
+class LayoutChangedError(ModelError):
+    """New arguments changed the model's latent sites after the guide was set up."""
+
+
+class NonFiniteError(SivismError, ArithmeticError):
+    """A log density, score or gradient is NaN or infinite where it must not be."""
+
+
+class NotSetUpError(SivismError, RuntimeError):
+    """A guide or an inference object was used before its set-up call."""
+
+
+class OptimizerError(SivismError, ValueError):
+    """An optimizer argument that this package cannot drive."""
+
+
+class ArgumentError(SivismError, ValueError):
+    """An argument of the wrong kind, size or range."""
+
+
+class SivismWarning(UserWarning):
+    """Base class of every warning this package gives."""
+
+
+class TargetPathWarning(SivismWarning):
+    """The model's score is computed by a slower path than the fastest one."""
+
+
+class NonFiniteWarning(SivismWarning):
+    """Some particles had a non-finite log density or score and were left out."""

@@ -1,0 +1,370 @@
+"""The log density of a Pyro model and its score, for a batch of unconstrained points.
+
+For one point x the target is
+
+    log p(x) = sum over sites of scale * log p(site | parents) + log |d values / d x|,
+
+with discrete latents summed out, minibatches scaled, and the sites of ``mask``, ``factor`` and ``obs``
+counted as the model says; the score is its gradient in x.
+
+Users rarely write models for batches, so a batch is evaluated along one of three paths:
+
+- ``vmap``: one particle's log density under ``torch.func.vmap``. The model is not asked for anything.
+- ``plate``: the model under an outermost plate of particles, as ``Trace_ELBO(vectorize_particles=True)``
+  does. The model must use plates and negative dims throughout.
+- ``loop``: one particle after the other. Always right, and slow.
+
+The first path that runs *and* agrees with the loop in log density and score is taken;
+:attr:`Target.path` says which, and why the others were passed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import config_enumerate
+from pyro.poutine import Trace
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import constraints
+from torch.func import grad_and_value, vmap
+
+from pyro_sivism.errors import ModelError, NonDeterministicModelError, NonFiniteError
+from pyro_sivism.layout import LatentLayout, is_enumerable
+from pyro_sivism.target.functorch import functorch_ready
+from pyro_sivism.target.handlers import Enumerate, LogJoint, SubstituteLatents, enumerated_log_joint
+
+__all__ = ["Target", "TargetPath"]
+
+PARTICLE_PLATE = "_pyro_sivism_particles"
+
+
+@dataclass(frozen=True)
+class TargetPath:
+    """How a batch of scores is computed: ``name`` is vmap, plate or loop; ``reason`` says why."""
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason})"
+
+
+class Target:
+    """The unconstrained log density of ``model(*args, **kwargs)`` and its score.
+
+    Args:
+        model: a Pyro model.
+        layout: where its latents live in the unconstrained vector.
+        trace: a prototype trace of the model on these arguments.
+        args, kwargs: the model's arguments.
+        paths: the paths to try, in order, before the loop.
+
+    Raises:
+        NonDeterministicModelError: two evaluations at one point differ.
+        ModelError: a site's support depends on other latents, or the set of latents is not fixed.
+
+    Example:
+
+        >>> import pyro.distributions as dist
+        >>> def model():
+        ...     pyro.sample("x", dist.LogNormal(0.0, 1.0))
+        >>> trace = poutine.trace(model).get_trace()
+        >>> target = Target(model, LatentLayout.from_trace(trace), trace)
+        >>> target.score(torch.tensor([[0.0], [2.0]])).flatten().tolist()
+        [-0.0, -2.0]
+        >>> target.path.name
+        'vmap'
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        layout: LatentLayout,
+        trace: Trace,
+        args: Sequence = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        paths: Sequence[str] = ("vmap", "plate"),
+    ) -> None:
+        self.model, self.layout = model, layout
+        self._try_paths = tuple(paths)
+        self._sites = {site.name: site for site in layout.sites}
+        self.num_evaluations = 0
+        self.bind(trace, args, kwargs)
+
+    @property
+    def dim(self) -> int:
+        return self.layout.dim
+
+    @property
+    def path(self) -> TargetPath:
+        """Which path computes the scores, and why."""
+        return self._path
+
+    @property
+    def is_subsampled(self) -> bool:
+        """Whether the model draws random minibatches, so that the density is an unbiased estimate."""
+        return bool(self._subsamples)
+
+    def bind(self, trace: Trace, args: Sequence = (), kwargs: Mapping[str, Any] | None = None) -> None:
+        """Point the target at other arguments, whose prototype trace is ``trace``, and check it there."""
+        self.rebind(args, kwargs)
+        nodes = [msg for msg in trace.nodes.values() if msg["type"] == "sample"]
+        dims = [f.dim for msg in nodes for f in msg["cond_indep_stack"] if f.vectorized]
+        self._max_plate_nesting = -min(dims, default=0)
+        self._enumerates = any(
+            is_enumerable(msg) and not msg["is_observed"] and not site_is_subsample(msg) for msg in nodes
+        )
+        self._subsamples = {
+            msg["name"]: msg["fn"]
+            for msg in nodes
+            if site_is_subsample(msg) and msg["fn"].subsample_size is not None
+            if msg["fn"].subsample_size < msg["fn"].size
+        }
+        self.resample_minibatch()
+        self._path = self._choose_path(self.layout.init_from_trace(trace))
+
+    def rebind(self, args: Sequence = (), kwargs: Mapping[str, Any] | None = None) -> None:
+        """Point the target at other arguments of the same shapes, checking nothing."""
+        self.args, self.kwargs = tuple(args), dict(kwargs or {})
+
+    def resample_minibatch(self) -> None:
+        """Draw new indices for every random minibatch; all densities use them until the next call."""
+        self.minibatch = {name: fn.sample() for name, fn in self._subsamples.items()}
+
+    def log_density(self, x: Tensor) -> Tensor:
+        """``log p(x)``, shape (B,), at points (B, D); differentiable in x and in the model's params."""
+        return self._evaluate(x, with_score=False)[0]
+
+    def score(self, x: Tensor) -> Tensor:
+        """``grad log p(x)``, shape (B, D); differentiable in x where x requires a gradient."""
+        return self.log_density_and_score(x)[1]
+
+    def log_density_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``log p(x)`` (B,) and ``grad log p(x)`` (B, D) from one evaluation."""
+        log_density, score = self._evaluate(x, with_score=True)
+        assert score is not None
+        return log_density, score
+
+    def params(self) -> dict[str, Tensor]:
+        """The unconstrained leaf tensors behind the model's ``pyro.param`` and module parameters, by name."""
+        with torch.no_grad(), poutine.block(), poutine.trace(param_only=True) as capture:
+            self._run_one(self.layout.pack(self._prototype_values()))
+        leaves = {
+            name: (msg["value"].unconstrained() if hasattr(msg["value"], "unconstrained") else msg["value"])
+            for name, msg in capture.trace.nodes.items()
+            if msg["type"] == "param"
+        }
+        return {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+
+    def nonfinite_sites(self, x: Tensor) -> list[str]:
+        """The sites whose log probability is NaN or infinite at one point ``x (D,)``."""
+        substitute = SubstituteLatents(self._sites, self.layout.constrain(x.to(self.layout.dtype)), self.minibatch)
+        bad = []
+        with torch.no_grad(), poutine.block(), pyro.validation_enabled(False):
+            trace = poutine.trace()
+            with trace, substitute, self._enumerate():
+                self._configured_model()(*self.args, **self.kwargs)
+            for name, msg in trace.trace.nodes.items():
+                if msg["type"] == "sample" and not site_is_subsample(msg):
+                    log_prob = msg["fn"].log_prob(msg["value"], *msg["args"], **msg["kwargs"])
+                    if not torch.isfinite(log_prob).all():
+                        bad.append(name)
+        return bad
+
+    # --- evaluation ---------------------------------------------------------------------------------
+
+    def _evaluate(self, x: Tensor, with_score: bool) -> tuple[Tensor, Tensor | None]:
+        if x.dim() != 2 or x.shape[1] != self.dim:
+            raise ValueError(f"expected points of shape (B, {self.dim}), got {tuple(x.shape)}")
+        self.num_evaluations += x.shape[0]
+        try:
+            return self._evaluate_along(self._path.name, x, with_score)
+        except torch.linalg.LinAlgError:
+            # One particle's matrix was not positive definite: find which, and call it non-finite.
+            return self._evaluate_along("loop", x, with_score)
+
+    def _evaluate_along(self, path: str, x: Tensor, with_score: bool) -> tuple[Tensor, Tensor | None]:
+        dtype, x = x.dtype, x.to(self.layout.dtype)
+        differentiable = torch.is_grad_enabled() and x.requires_grad
+        evaluate = {"vmap": self._vmap, "plate": self._plate, "loop": self._loop}[path]
+        with pyro.validation_enabled(False), poutine.block(), ExitStack() as stack:
+            if with_score and not differentiable:
+                stack.enter_context(torch.no_grad())
+            log_density, score = evaluate(x, with_score)
+        return log_density.to(dtype), None if score is None else score.to(dtype)
+
+    def _vmap(self, x: Tensor, with_score: bool) -> tuple[Tensor, Tensor | None]:
+        with functorch_ready():
+            if not with_score:
+                return vmap(self._run_one)(x), None
+            score, log_density = vmap(grad_and_value(self._run_one))(x)
+        return log_density, score
+
+    def _plate(self, x: Tensor, with_score: bool) -> tuple[Tensor, Tensor | None]:
+        return _with_autograd(self._run_in_plate, x, with_score)
+
+    def _loop(self, x: Tensor, with_score: bool) -> tuple[Tensor, Tensor | None]:
+        log_densities, scores = [], []
+        for point in x:
+            try:
+                log_density, score = _with_autograd(self._run_one, point, with_score)
+            except torch.linalg.LinAlgError:
+                log_density, score = x.new_tensor(torch.nan), torch.full_like(point, torch.nan)
+            log_densities.append(log_density)
+            scores.append(score)
+        return torch.stack(log_densities), torch.stack(scores) if with_score else None  # type: ignore[arg-type]
+
+    def _run_one(self, x: Tensor) -> Tensor:
+        """``log p(x)`` of one point ``(D,)``, by one run of the model."""
+        values = self.layout.constrain(x)
+        if self._enumerates:
+            trace = poutine.trace()
+            with trace, SubstituteLatents(self._sites, values, self.minibatch), self._enumerate():
+                self._configured_model()(*self.args, **self.kwargs)
+            log_joint: Tensor | float = enumerated_log_joint(trace.trace)
+        else:
+            handler = LogJoint(self._sites, values, self.minibatch)
+            with handler:
+                self.model(*self.args, **self.kwargs)
+            log_joint = handler.log_joint
+        return log_joint + self.layout.log_abs_det_jacobian(x)
+
+    def _run_in_plate(self, x: Tensor) -> Tensor:
+        """``log p(x)`` of B points, by one run of the model inside a plate of B particles."""
+        if self._enumerates:
+            raise NotImplementedError("enumerated sites and a plate of particles are not combined")
+        num_particles, nesting = x.shape[0], self._max_plate_nesting
+        aligned = x.reshape((num_particles,) + (1,) * nesting + (self.dim,))
+        values = {site.name: site.transform(u) for site, u in self.layout.split_aligned(aligned)}
+        handler = LogJoint(self._sites, values, self.minibatch, particle_dim=-1 - nesting)
+        with handler, pyro.plate(PARTICLE_PLATE, num_particles, dim=-1 - nesting):
+            self.model(*self.args, **self.kwargs)
+        return handler.log_joint + self.layout.log_abs_det_jacobian(x)
+
+    def _enumerate(self) -> ExitStack | Enumerate:
+        return Enumerate(first_available_dim=-1 - self._max_plate_nesting) if self._enumerates else ExitStack()
+
+    def _configured_model(self) -> Callable:
+        return config_enumerate(self.model, default="parallel") if self._enumerates else self.model
+
+    # --- choosing the path --------------------------------------------------------------------------
+
+    def _choose_path(self, init: Tensor) -> TargetPath:
+        """The first path that runs and agrees with the loop at three points near ``init``."""
+        steps = torch.linspace(-0.1, 0.1, 3, dtype=init.dtype, device=init.device)
+        wobble = torch.cos(torch.arange(self.dim, dtype=init.dtype, device=init.device))
+        points = init + steps[:, None] * wobble
+        self._check_supports(points)
+        want = self._evaluate_along("loop", points, with_score=True)
+        again = self._evaluate_along("loop", points[:1], with_score=False)
+        if not _agree(again[0], want[0][:1]):
+            raise NonDeterministicModelError(
+                "the model's log density differed between two runs at the same latents and minibatch: "
+                f"{want[0][0]:.6g}, then {again[0][0]:.6g}. Expected a deterministic model: draw random numbers by "
+                "pyro.sample, and do not hide latent sites by poutine.block (sum over discrete ones instead)."
+            )
+        reasons = []
+        for name in self._try_paths:
+            try:
+                got = self._evaluate_along(name, points, with_score=True)
+            except Exception as error:  # any failure of the user's model under a batch means "not this path"
+                reasons.append(f"{name}: {_first_line(error)}")
+                continue
+            if _agree(got[0], want[0]) and _agree(got[1], want[1]):
+                return TargetPath(name, "; ".join([*reasons, "agrees with the loop in log density and score"]))
+            reasons.append(f"{name}: disagrees with the loop")
+        return TargetPath("loop", "; ".join(reasons) or "no other path allowed")
+
+    def _check_supports(self, points: Tensor) -> None:
+        """Refuse a support that moves with the latents: the layout's fixed transform would be wrong."""
+        for point in points[[0, -1]]:
+            substitute = SubstituteLatents(self._sites, self.layout.constrain(point), self.minibatch)
+            with torch.no_grad(), poutine.block(), pyro.validation_enabled(False):
+                trace = poutine.trace()
+                with trace, substitute, self._enumerate():
+                    self._configured_model()(*self.args, **self.kwargs)
+            for site in self.layout.sites:
+                if site.name not in trace.trace.nodes:
+                    raise ModelError(
+                        f"latent site '{site.name}' was drawn at set-up but not at other values of the latents; "
+                        "expected the same sites in every run. Replace the branch by torch.where or a mixture."
+                    )
+                if not same_support(trace.trace.nodes[site.name]["fn"].support, site.support):
+                    raise ModelError(
+                        f"the support of latent site '{site.name}' depends on other latents (at set-up it was "
+                        f"{site.support}); expected a fixed support. Draw it on a fixed one and transform it, e.g. "
+                        "u = pyro.sample('u', Uniform(0, 1)); x = low + (high - low) * u."
+                    )
+
+    def _prototype_values(self) -> dict[str, Tensor]:
+        zeros = torch.zeros(self.dim, dtype=self.layout.dtype, device=self.layout.device)
+        return self.layout.constrain(zeros)
+
+
+def check_finite_start(target: Target, starts: Tensor) -> Tensor:
+    """The rows of ``starts (S, D)`` with finite log density and score.
+
+    Raises:
+        NonFiniteError: there is none; the message names the sites that are non-finite at the first.
+    """
+    log_density, score = target.log_density_and_score(starts)
+    finite = log_density.isfinite() & score.isfinite().all(-1)
+    if not finite.any():
+        sites = target.nonfinite_sites(starts[0])
+        where = f"site(s) {sites}" if sites else "the score (the log densities are finite)"
+        raise NonFiniteError(
+            f"the log density or score is not finite at any of {len(starts)} starting points; at the first, the "
+            f"cause is {where}. Check the data for NaN and the observed values against their supports, or give a "
+            "feasible start: SemiImplicitGuide(model, init_loc_fn=pyro.infer.autoguide.init_to_value(values=...))."
+        )
+    return starts[finite]
+
+
+def same_support(a: Any, b: Any) -> bool:
+    """Whether two constraints are equal in type and in every bound."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        a, b = torch.as_tensor(a), torch.as_tensor(b)
+        return a.shape == b.shape and bool((a == b).all())
+    if isinstance(a, constraints.Constraint):
+        return type(a) is type(b) and all(same_support(v, vars(b).get(k)) for k, v in vars(a).items())
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same_support, a, b))
+    return bool(a == b)
+
+
+def _with_autograd(fn: Callable[[Tensor], Tensor], x: Tensor, with_score: bool) -> tuple[Tensor, Tensor | None]:
+    if not with_score:
+        return fn(x), None
+    differentiable = torch.is_grad_enabled() and x.requires_grad
+    with torch.enable_grad():
+        point = x if differentiable else x.detach().requires_grad_()
+        log_density = fn(point)
+        if not log_density.requires_grad:  # a density that does not depend on the latents at all
+            return log_density, torch.zeros_like(point)
+        (score,) = torch.autograd.grad(
+            log_density.sum(), point, create_graph=differentiable, materialize_grads=True
+        )
+    return (log_density, score) if differentiable else (log_density.detach(), score)
+
+
+def _agree(got: Tensor | None, want: Tensor | None) -> bool:
+    """Equal up to the rounding of sums taken in another order; NaN equals NaN."""
+    assert got is not None and want is not None
+    if got.shape != want.shape:
+        return False
+    scale = want[want.isfinite()].abs().max().item() if want.isfinite().any() else 0.0
+    tolerance = 50 * torch.finfo(want.dtype).eps ** 0.75
+    return torch.allclose(got, want, rtol=tolerance, atol=tolerance * (1.0 + scale), equal_nan=True)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:160]}"

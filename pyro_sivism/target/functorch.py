@@ -1,0 +1,47 @@
+"""What Pyro needs to run under ``torch.func``.
+
+Pyro's enumeration and HMMs take logs by a ``torch.autograd.Function`` written before functorch: it has no
+``setup_context``, so ``vmap`` refuses it. :func:`functorch_ready` swaps in the same function in the new
+style for the time of one evaluation. Outside it Pyro is as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pyro.ops.special
+import torch
+from torch import Tensor
+
+__all__ = ["functorch_ready"]
+
+
+class _SafeLog(torch.autograd.Function):
+    """``log x`` whose gradient at 0 is bounded: ``1 / max(x, eps)``, as ``pyro.ops.special.safe_log``."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.log()
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return grad / x.clamp(min=torch.finfo(x.dtype).eps)
+
+
+@contextmanager
+def functorch_ready() -> Iterator[None]:
+    """Let ``torch.func`` transforms pass through Pyro's ``safe_log`` inside this context."""
+    original = pyro.ops.special._SafeLog
+    pyro.ops.special._SafeLog = _SafeLog
+    try:
+        yield
+    finally:
+        pyro.ops.special._SafeLog = original
