@@ -1,0 +1,223 @@
+"""Conditionals q(x|z): Gaussians whose mean, and perhaps scale, depend on the mixing variable z.
+
+To write your own conditional:
+
+1. subclass :class:`Conditional` and give ``forward(z)``: a ``torch.distributions`` object with batch
+   shape ``z.shape[:-1]``, event shape (D,) and ``rsample``;
+2. if ``grad_x log q(x|z)`` has a closed form, override ``rsample_with_score``; autograd does it otherwise;
+3. export it in ``family/__init__.py`` and add a row to ``tests/contract/test_conditionals.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution, Independent, LowRankMultivariateNormal, Normal
+
+from pyro_sivism.errors import ArgumentError
+from pyro_sivism.family.networks import MLP
+
+__all__ = ["Conditional", "DiagonalNormal", "LowRankNormal"]
+
+
+class Conditional(nn.Module):
+    """Base class of conditionals q(x|z), x in R^``dim``, z in R^``mixing_dim``."""
+
+    def __init__(self, dim: int, mixing_dim: int) -> None:
+        super().__init__()
+        if dim < 1 or mixing_dim < 1:
+            raise ArgumentError(f"expected dim and mixing_dim of at least 1, got {dim} and {mixing_dim}")
+        self.dim, self.mixing_dim = dim, mixing_dim
+
+    def forward(self, z: Tensor) -> Distribution:
+        """``z (*batch, M)`` -> q(x|z), a distribution with batch shape ``batch`` and event shape (D,)."""
+        raise NotImplementedError
+
+    def rsample_with_score(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """A reparametrized draw ``x`` from q(x|z) and ``grad_x log q(x|z)``, both ``(*batch, D)``.
+
+        The conditional score is differentiable in the parameters and in z. As the density is a function of
+        x *and* of the parameters, the gradient is taken at x held as a leaf, then written as a function of both.
+        """
+        conditional = self(z)
+        x = conditional.rsample()
+        with torch.enable_grad():
+            point = x if x.requires_grad else x.detach().requires_grad_()
+            (score,) = torch.autograd.grad(
+                conditional.log_prob(point).sum(), point, create_graph=torch.is_grad_enabled()
+            )
+        return x, score
+
+    def input_parameters(self) -> list[nn.Parameter]:
+        """Parameters that read z directly; their learning rate is scaled down where z is long."""
+        return []
+
+
+class _GaussianMean(nn.Module):
+    """``mu(z) = W z + net(z)``: a linear skip plus an MLP that starts at zero.
+
+    ``W`` starts as ``gain`` times the first ``min(D, M)`` rows of the identity, so that the first draws are
+    Gaussian: coordinate i has variance ``gain^2`` from the skip if i < M and 0 otherwise.
+    """
+
+    def __init__(self, dim: int, mixing_dim: int, hidden_dims: Sequence[int], gain: float) -> None:
+        super().__init__()
+        self.skip = nn.Linear(mixing_dim, dim)
+        self.net = MLP(mixing_dim, dim, hidden_dims, zero_last=True) if hidden_dims else None
+        with torch.no_grad():
+            self.skip.weight.copy_(gain * torch.eye(dim, mixing_dim))
+            self.skip.bias.zero_()
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.skip(z) if self.net is None else self.skip(z) + self.net(z)
+
+    def input_parameters(self) -> list[nn.Parameter]:
+        return [*self.skip.parameters(), *(self.net.input_parameters() if self.net is not None else [])]
+
+
+class _BoundedScale(nn.Module):
+    """``sigma(z)`` between ``min_scale`` and ``max_scale`` by a sigmoid; constant if ``hidden_dims`` is None.
+
+    The ceiling only applies to coordinates that z reaches; a coordinate without its own mixing variable
+    starts with scale 1 and may need more.
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(
+        self, init: Tensor, mixing_dim: int, hidden_dims: Sequence[int] | None, min_scale: float, max_scale: float
+    ) -> None:
+        super().__init__()
+        low = torch.full_like(init, min_scale)
+        high = torch.maximum(torch.full_like(init, max_scale), 1.6 * init)
+        if not bool(((low < init) & (init < high)).all()):
+            raise ArgumentError(
+                f"expected 0 <= min_scale < init_scale < max_scale, got {min_scale}, {init.min().item():.3g} and "
+                f"{max_scale}"
+            )
+        self.register_buffer("low", low)
+        self.register_buffer("high", high)
+        fraction = (init - low) / (high - low)
+        self.logit = nn.Parameter(torch.logit(fraction))
+        self.net = None if hidden_dims is None else MLP(mixing_dim, len(init), hidden_dims, zero_last=True)
+
+    def forward(self, z: Tensor) -> Tensor:
+        logit = self.logit if self.net is None else self.logit + self.net(z)
+        return (self.low + (self.high - self.low) * torch.sigmoid(logit)).expand(z.shape[:-1] + self.low.shape)
+
+    def input_parameters(self) -> list[nn.Parameter]:
+        return [] if self.net is None else self.net.input_parameters()
+
+
+class DiagonalNormal(Conditional):
+    """``q(x|z) = N(mu(z), diag sigma(z)^2)``, with conditional score ``-eps / sigma``.
+
+    ``mu`` is a linear skip from z plus an MLP that starts at zero, and ``sigma`` starts at ``init_scale``
+    (1 for the coordinates i >= ``mixing_dim``), with the skip's gain ``sqrt(1 - init_scale^2)``: the first
+    q(x) is the standard normal, exactly.
+
+    Args:
+        dim: D.
+        mixing_dim: M, the length of z.
+        hidden_dims: widths of the MLPs; empty for a linear mixing map, whose q(x) is Gaussian.
+        scale_depends_on_z: learn ``sigma(z)`` rather than one constant scale per coordinate.
+        init_scale: first conditional sd, below 1.
+        min_scale, max_scale: the floor and the ceiling of the conditional sd. The floor bounds the
+            conditional score, whose noise is what the critic has to average out.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        mixing_dim: int,
+        hidden_dims: Sequence[int] = (64, 64),
+        *,
+        scale_depends_on_z: bool = True,
+        init_scale: float = 0.75,
+        min_scale: float = 0.1,
+        max_scale: float = 1.2,
+    ) -> None:
+        super().__init__(dim, mixing_dim)
+        gain = _skip_gain(init_scale)
+        self.loc = _GaussianMean(dim, mixing_dim, hidden_dims, gain)
+        init = torch.ones(dim)
+        init[:mixing_dim] = init_scale
+        self.scale = _BoundedScale(init, mixing_dim, hidden_dims if scale_depends_on_z else None, min_scale, max_scale)
+
+    def forward(self, z: Tensor) -> Distribution:
+        return Independent(Normal(self.loc(z), self.scale(z), validate_args=False), 1, validate_args=False)
+
+    def rsample_with_score(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        loc, scale = self.loc(z), self.scale(z)
+        noise = torch.randn_like(loc)
+        return loc + scale * noise, -noise / scale
+
+    def input_parameters(self) -> list[nn.Parameter]:
+        return [*self.loc.input_parameters(), *self.scale.input_parameters()]
+
+
+class LowRankNormal(Conditional):
+    """``q(x|z) = N(mu(z), C)``, ``C = diag(sigma^2) + F F'`` with a constant factor ``F (D, rank)``.
+
+    The conditional score is ``-C^{-1} (x - mu)``, by the Woodbury identity: with ``u = sigma eps1 + F eps2``
+    it costs O(D rank) a draw. Correlated conditionals need less of the mixing network where the posterior's
+    fine structure is correlated.
+
+    Args:
+        rank: columns of F; the other arguments are those of :class:`DiagonalNormal`, with ``sigma`` constant.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        mixing_dim: int,
+        hidden_dims: Sequence[int] = (64, 64),
+        *,
+        rank: int = 4,
+        init_scale: float = 0.75,
+        min_scale: float = 0.1,
+        max_scale: float = 1.2,
+    ) -> None:
+        super().__init__(dim, mixing_dim)
+        if rank < 1:
+            raise ArgumentError(f"expected a rank of at least 1, got {rank}")
+        gain = _skip_gain(init_scale)
+        self.loc = _GaussianMean(dim, mixing_dim, hidden_dims, gain)
+        init = torch.ones(dim)
+        init[:mixing_dim] = init_scale
+        self.scale = _BoundedScale(init, mixing_dim, None, min_scale, max_scale)
+        self.factor = nn.Parameter(1e-2 * torch.randn(dim, rank))
+
+    def forward(self, z: Tensor) -> Distribution:
+        loc, scale = self.loc(z), self.scale(z)
+        factor = self.factor.expand(loc.shape[:-1] + self.factor.shape)
+        return LowRankMultivariateNormal(loc, factor, scale.square(), validate_args=False)
+
+    def rsample_with_score(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        loc, scale = self.loc(z), self.scale(z)
+        noise = torch.randn_like(loc)
+        factor_noise = torch.randn(loc.shape[:-1] + self.factor.shape[-1:], dtype=loc.dtype, device=loc.device)
+        deviation = scale * noise + factor_noise @ self.factor.mT
+
+        # C^{-1} u = S^{-1} u - S^{-1} F (I + F' S^{-1} F)^{-1} F' S^{-1} u,  S = diag(sigma^2), sigma constant.
+        variance = self.scale(z.new_zeros(self.mixing_dim)).square()
+        whitened_factor = self.factor / variance[:, None]
+        rank = self.factor.shape[-1]
+        capacitance = torch.eye(rank, dtype=loc.dtype, device=loc.device) + self.factor.mT @ whitened_factor
+        correction = torch.linalg.solve(capacitance, whitened_factor.mT)
+        precision_deviation = deviation / variance - (deviation @ whitened_factor) @ correction
+        return loc + deviation, -precision_deviation
+
+    def input_parameters(self) -> list[nn.Parameter]:
+        return self.loc.input_parameters()
+
+
+def _skip_gain(init_scale: float) -> float:
+    """The gain of the linear skip that makes ``gain^2 + init_scale^2 = 1``."""
+    if not 0 < init_scale < 1:
+        raise ArgumentError(f"expected 0 < init_scale < 1 (in whitened units), got {init_scale}")
+    return math.sqrt(1.0 - init_scale**2)

@@ -1,0 +1,76 @@
+"""The two networks: one that mixes Gaussians, one that learns the score of the mixture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["MLP", "ScoreNetwork"]
+
+
+class MLP(nn.Sequential):
+    """Linear layers with SiLU between them, from (*batch, in) to (*batch, out).
+
+    Smooth, because the guide's gradient goes through the critic's slope in ``FisherDivergence``.
+
+    Args:
+        in_dim, out_dim: sizes of the first and the last layer.
+        hidden_dims: sizes of the layers between them; empty for a linear map.
+        zero_last: start with the output identically zero.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, hidden_dims: Sequence[int], *, zero_last: bool = False) -> None:
+        dims = [in_dim, *hidden_dims]
+        layers: list[nn.Module] = []
+        for n, m in zip(dims[:-1], dims[1:]):
+            layers += [nn.Linear(n, m), nn.SiLU()]
+        last = nn.Linear(dims[-1], out_dim)
+        if zero_last:
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+        super().__init__(*layers, last)
+
+    def input_parameters(self) -> list[nn.Parameter]:
+        """The parameters of the first layer, whose gradients grow with the input's dimension."""
+        return list(self[0].parameters())
+
+
+class ScoreNetwork(nn.Module):
+    """An estimate of ``grad log q(x)``: the score of a diagonal Gaussian plus a learned residual,
+
+        s(x) = (-x' + net(x')) / sd,      x' = (x - mean) / sd,
+
+    with ``mean`` and ``sd`` running moments of q (:meth:`update_moments`). The residual starts at zero,
+    so that the first estimate is the score of the Gaussian with q's own moments.
+
+    Args:
+        dim: D.
+        hidden_dims: widths of the residual's layers.
+        decay: weight of a new batch in the running moments.
+    """
+
+    mean: Tensor
+    sd: Tensor
+
+    def __init__(self, dim: int, hidden_dims: Sequence[int], *, decay: float = 0.02) -> None:
+        super().__init__()
+        self.net = MLP(dim, dim, hidden_dims, zero_last=True)
+        self.decay = decay
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("sd", torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Points (B, D) -> estimated scores (B, D)."""
+        standardized = (x - self.mean) / self.sd
+        return (self.net(standardized) - standardized) / self.sd
+
+    @torch.no_grad()
+    def update_moments(self, x: Tensor) -> None:
+        """Move the running mean and sd towards those of draws (B, D)."""
+        self.mean.lerp_(x.mean(0), self.decay)
+        self.sd.copy_(self.sd.square().lerp(x.var(0, correction=0), self.decay).sqrt())
+
+    def input_parameters(self) -> list[nn.Parameter]:
+        return self.net.input_parameters()
