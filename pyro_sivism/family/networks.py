@@ -49,13 +49,16 @@ class ScoreNetwork(nn.Module):
         dim: D.
         hidden_dims: widths of the residual's layers.
         decay: weight of a new batch in the running moments.
+        gaussian_base: if False, leave out the Gaussian's score: a network for a difference of scores,
+            ``net(x') / sd``.
     """
 
     mean: Tensor
     sd: Tensor
 
-    def __init__(self, dim: int, hidden_dims: Sequence[int], *, decay: float = 0.02) -> None:
+    def __init__(self, dim: int, hidden_dims: Sequence[int], *, decay: float = 0.02, gaussian_base: bool = True) -> None:
         super().__init__()
+        self.gaussian_base = gaussian_base
         self.net = MLP(dim, dim, hidden_dims, zero_last=True)
         self.decay = decay
         self.register_buffer("mean", torch.zeros(dim))
@@ -64,7 +67,8 @@ class ScoreNetwork(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Points (B, D) -> estimated scores (B, D)."""
         standardized = (x - self.mean) / self.sd
-        return (self.net(standardized) - standardized) / self.sd
+        residual = self.net(standardized)
+        return (residual - standardized if self.gaussian_base else residual) / self.sd
 
     @torch.no_grad()
     def update_moments(self, x: Tensor) -> None:

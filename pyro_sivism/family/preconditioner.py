@@ -154,6 +154,10 @@ class _Counter:
         self.num_evaluations = 0
         self.num_nonfinite = 0
 
+    def resample_minibatch(self) -> None:
+        """Let a target with random minibatches draw the next; the average over updates is then unbiased."""
+        getattr(self._target, "resample_minibatch", lambda: None)()
+
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         log_density, score = self._target.log_density_and_score(x)
         finite = log_density.isfinite() & score.isfinite().all(-1)
@@ -180,6 +184,7 @@ def _match_dense(target: _Counter, affine: AffineMap, num_steps: int, batch_size
     """Batch and match with a dense covariance, each update in the frame where the current Gaussian is N(0, I)."""
     dim, num_guarded = target.dim, 0
     for step in range(num_steps):
+        target.resample_minibatch()
         noise = torch.randn(batch_size, dim, dtype=torch.double, device=affine.loc.device)
         y, score, guarded = _whitened_scores(target, affine, noise)
         num_guarded += guarded
@@ -227,6 +232,7 @@ def _match_diagonal(target: _Counter, affine: AffineMap, num_steps: int, batch_s
     """The same with a diagonal covariance: the quadratic ``u s^2 + s = v`` in each coordinate."""
     dim, num_guarded = target.dim, 0
     for step in range(num_steps):
+        target.resample_minibatch()
         noise = torch.randn(batch_size, dim, dtype=torch.double, device=affine.loc.device)
         y, score, guarded = _whitened_scores(target, affine, noise)
         num_guarded += guarded

@@ -1,0 +1,7 @@
+"""How q moves. Pure torch."""
+
+from pyro_sivism.objectives.base import GuideLoss, Objective
+from pyro_sivism.objectives.fisher import FisherDivergence
+from pyro_sivism.objectives.path_gradient import PathGradientKL
+
+__all__ = ["FisherDivergence", "GuideLoss", "Objective", "PathGradientKL"]

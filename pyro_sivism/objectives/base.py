@@ -1,0 +1,106 @@
+"""What an objective is: two losses, one for the critic and one for the guide.
+
+To write your own objective:
+
+1. subclass :class:`Objective` and implement ``guide_loss(sample, step)``, whose gradient in the family's
+   parameters is the direction to go down;
+2. override ``critic_loss`` and ``make_critic`` if it wants another critic than an estimate of grad log q;
+   override ``adapt_recipe`` if it needs other defaults;
+3. export it in ``objectives/__init__.py`` and add a row to ``tests/contract/test_objectives.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pyro_sivism.errors import NonFiniteError
+from pyro_sivism.family import ScoreNetwork, SemiImplicit, SemiImplicitSample, TargetDensity
+from pyro_sivism.recipe import Recipe
+
+__all__ = ["GuideLoss", "Objective", "fisher_divergence", "finite_rows"]
+
+
+class GuideLoss(NamedTuple):
+    """What a guide step needs and reports.
+
+    ``loss`` is the scalar to differentiate; ``fisher_divergence`` an estimate of E_q |grad log p - grad log q|^2
+    that is comparable between objectives; ``num_nonfinite`` the particles that were left out.
+    """
+
+    loss: Tensor
+    fisher_divergence: Tensor
+    num_nonfinite: Tensor
+
+
+class Objective:
+    """Base class of objectives. All share one critic, learned by denoising score matching.
+
+    Since ``grad log q(x) = E[grad_x log q(x|z) | x]``, the regression of the conditional score on x
+
+        min over s   E_{z, x|z} |s(x) - grad_x log q(x|z)|^2
+
+    has the score of q as its solution (Vincent, "A connection between score matching and denoising
+    autoencoders", 2011), and ``f = s_p - s`` is the critic of the score-matching game.
+    """
+
+    family: SemiImplicit
+    target: TargetDensity
+    critic: nn.Module
+
+    def setup(self, family: SemiImplicit, target: TargetDensity, critic: nn.Module) -> None:
+        """Remember the family to move, the whitened target to move it to, and the critic between them."""
+        self.family, self.target, self.critic = family, target, critic
+
+    def make_critic(self, dim: int, hidden_dims: Sequence[int]) -> nn.Module:
+        """A critic for D = ``dim``: by default an estimate of grad log q."""
+        return ScoreNetwork(dim, hidden_dims)
+
+    def adapt_recipe(self, recipe: Recipe) -> Recipe:
+        """The defaults this objective wants."""
+        return recipe
+
+    def critic_loss(self, sample: SemiImplicitSample, step: int) -> Tensor:
+        """``mean |s(x) - grad_x log q(x|z)|^2`` over a batch of draws that carries no gradient."""
+        return (self.critic(sample.x) - sample.conditional_score).square().sum(-1).mean()
+
+    def critic_value(self, x: Tensor, target_score: Tensor) -> Tensor:
+        """``f(x)`` (B, D), the critic's estimate of ``grad log p - grad log q``."""
+        return target_score - self.critic(x)
+
+    def guide_loss(self, sample: SemiImplicitSample, step: int) -> GuideLoss:
+        """The loss of one batch of draws that carry the gradient of the family's parameters."""
+        raise NotImplementedError
+
+
+def fisher_divergence(critic_value: Tensor, target_score: Tensor, conditional_score: Tensor) -> Tensor:
+    """``2 f.(s_p - grad_x log q(x|z)) - |f|^2`` for each particle, (B,).
+
+    Its mean is a lower bound on the Fisher divergence E_q |s_p - grad log q|^2, tight at the best critic
+    (Yu and Zhang, arXiv 2308.10014, equation 10).
+    """
+    return (2.0 * critic_value * (target_score - conditional_score) - critic_value.square()).sum(-1)
+
+
+def finite_rows(target_score: Tensor) -> Tensor:
+    """Which particles have a finite target score, (B,).
+
+    Raises:
+        NonFiniteError: none has.
+    """
+    finite = target_score.isfinite().all(-1)
+    if not bool(finite.any()):
+        raise NonFiniteError(
+            f"the target's score is not finite at any of {len(finite)} particles; expected most of the guide's draws "
+            "to lie where the model's density is finite. Check the model for overflow far from the posterior "
+            "(float64 data often cures it), or lower the learning rate."
+        )
+    return finite
+
+
+def mean_over(values: Tensor, keep: Tensor) -> Tensor:
+    """The mean of ``values (B,)`` over the rows to keep, with no gradient or NaN from the others."""
+    return torch.where(keep, values, 0.0).sum() / keep.sum()
