@@ -1,0 +1,35 @@
+"""Semi-implicit variational inference via score matching, for Pyro models.
+
+    sivism = SIVISM(model)
+    sivism.run(None, data)
+    idata = sivism.to_inference_data(data)
+"""
+
+from pyro_sivism.errors import SivismError, SivismWarning
+from pyro_sivism.family import BatchAndMatch, DiagonalNormal, FixedGaussian, LowRankNormal, ScoreNetwork
+from pyro_sivism.guide import SemiImplicitGuide
+from pyro_sivism.layout import LatentLayout
+from pyro_sivism.objectives import FisherDivergence, Objective, PathGradientKL
+from pyro_sivism.sivism import SIVISM, FitResult, StepInfo
+from pyro_sivism.target import Target
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SIVISM",
+    "BatchAndMatch",
+    "DiagonalNormal",
+    "FisherDivergence",
+    "FitResult",
+    "FixedGaussian",
+    "LatentLayout",
+    "LowRankNormal",
+    "Objective",
+    "PathGradientKL",
+    "ScoreNetwork",
+    "SemiImplicitGuide",
+    "SivismError",
+    "SivismWarning",
+    "StepInfo",
+    "Target",
+]

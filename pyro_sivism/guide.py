@@ -1,0 +1,352 @@
+"""The semi-implicit family as a Pyro autoguide."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.distributions import TorchDistribution, constraints
+from pyro.infer.autoguide import AutoContinuous
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
+from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Size, Tensor
+
+from pyro_sivism.errors import ArgumentError, NotSetUpError
+from pyro_sivism.family import AffineMap, Conditional, DiagonalNormal, LogDensityEstimate, SemiImplicit
+from pyro_sivism.layout import LatentLayout, check_support, is_enumerable, log_abs_det_jacobian
+from pyro_sivism.recipe import Recipe
+
+__all__ = ["SemiImplicitGuide", "SemiImplicitPosterior"]
+
+
+class SemiImplicitGuide(AutoContinuous):
+    """An autoguide whose posterior is a semi-implicit mixture over the model's unconstrained latents.
+
+        z ~ N(0, I_M),    y | z ~ q(y|z),    x = loc + scale_tril y,    values = bijection(x).
+
+    Train it with :class:`~pyro_sivism.SIVISM`, which also fits ``loc`` and ``scale_tril``. It is used like any
+    Pyro autoguide: ``Predictive(model, guide=guide, num_samples=S)``, ``guide.median()``,
+    ``guide.quantiles([.05, .95])``, in an ``AutoGuideList``, under ``poutine.block``, inside outer plates.
+
+    The mixing variable is no sample site, and the density that ``Trace_ELBO`` sees at the auxiliary site
+    ``_SemiImplicitGuide_latent`` is an upper bound in expectation (the draw's own z among ``num_mixing`` draws),
+    so that an ELBO computed with this guide is a lower bound on the evidence, never above it. Training with
+    ``SVI`` and ``Trace_ELBO`` is the surrogate bound of Yin and Zhou (ICML 2018).
+
+    Discrete latents with finitely many values are left to the model: :class:`~pyro_sivism.SIVISM` sums over them.
+
+    Args:
+        model: a Pyro model.
+        mixing_dim: M, the length of z; D if None.
+        hidden_dims: widths of the mixing network; by D if None.
+        conditional: q(y|z): a class or factory called as ``conditional(dim, mixing_dim, hidden_dims)``, e.g.
+            ``LowRankNormal`` or ``functools.partial(DiagonalNormal, scale_depends_on_z=False)``, or a ready
+            :class:`~pyro_sivism.family.Conditional`. A :class:`~pyro_sivism.family.DiagonalNormal` if None.
+        init_loc_fn: where the latents start, one of ``pyro.infer.autoguide.initialization``.
+        init_scale: sd of the unconstrained latents before any fit; 0.1 if None.
+        create_plates: as in ``pyro.infer.autoguide.AutoGuide``.
+        num_mixing: mixing draws behind one evaluation of the guide's density by ``Trace_ELBO``.
+
+    Example:
+
+        >>> import pyro, pyro.distributions as dist
+        >>> def model():
+        ...     pyro.sample("rate", dist.Gamma(2.0, 1.0))
+        >>> guide = SemiImplicitGuide(model)
+        >>> guide.setup()
+        >>> guide()["rate"] > 0
+        tensor(True)
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        *,
+        mixing_dim: int | None = None,
+        hidden_dims: Sequence[int] | None = None,
+        conditional: Conditional | Callable[..., Conditional] | None = None,
+        init_loc_fn: Callable = init_to_median,
+        init_scale: float | None = None,
+        create_plates: Callable | None = None,
+        num_mixing: int = 64,
+    ) -> None:
+        if init_scale is not None and not init_scale > 0:
+            raise ArgumentError(f"expected init_scale > 0, got {init_scale}")
+        if num_mixing < 1:
+            raise ArgumentError(f"expected num_mixing of at least 1, got {num_mixing}")
+        super().__init__(_CheckSupports()(model), init_loc_fn=init_loc_fn)
+        self.create_plates = create_plates
+        self._mixing_dim = mixing_dim
+        self._hidden_dims = None if hidden_dims is None else tuple(hidden_dims)
+        self._conditional_factory = None if isinstance(conditional, Conditional) else conditional
+        self._ready_conditional = (conditional,) if isinstance(conditional, Conditional) else None
+        self._init_scale = 0.1 if init_scale is None else float(init_scale)
+        self.num_mixing = num_mixing
+        self._layout: LatentLayout | None = None
+
+    # --- set-up -------------------------------------------------------------------------------------
+
+    @property
+    def is_set_up(self) -> bool:
+        return self._layout is not None
+
+    @property
+    def layout(self) -> LatentLayout:
+        """Where each latent site lives in the unconstrained vector.
+
+        Raises:
+            NotSetUpError: before the first call.
+        """
+        if self._layout is None:
+            raise NotSetUpError(
+                "this SemiImplicitGuide does not know its model's latents yet. Call guide.setup(*args, **kwargs) with "
+                "the model's arguments first, or guide(*args, **kwargs), or SIVISM's setup, step or run."
+            )
+        return self._layout
+
+    def setup(self, *args: Any, **kwargs: Any) -> SemiImplicitGuide:
+        """Run the model once on its arguments, lay out its latents and make the family; returns the guide.
+
+        Raises:
+            UnsupportedSiteError: a latent site's support has no bijection from the reals.
+            EmptyModelError: the model has no continuous latents.
+        """
+        if not self.is_set_up:
+            self._setup_prototype(*args, **kwargs)
+        return self
+
+    def trace_model(self, *args: Any, **kwargs: Any) -> Trace:
+        """A trace of the model with its latents at their initial values (``init_loc_fn``)."""
+        return poutine.block(poutine.trace(self.model).get_trace)(*args, **kwargs)
+
+    def setup_from_trace(self, trace: Trace, recipe: Recipe | None = None) -> None:
+        """As :meth:`setup`, from a trace of the model made by :meth:`trace_model`, with a recipe's defaults."""
+        layout = LatentLayout.from_trace(trace)
+        recipe = Recipe.for_dim(layout.dim) if recipe is None else recipe
+        self.prototype_trace = _latent_trace(trace, layout)
+        self._prototype_frames = {
+            frame.name: frame
+            for name in layout.names
+            for frame in trace.nodes[name]["cond_indep_stack"]
+            if frame.vectorized
+        }
+        if self.master is not None:
+            self.master()._check_prototype(self.prototype_trace)
+        self._layout = layout
+        self.latent_dim = layout.dim
+        self.register_buffer("loc", layout.init_from_trace(trace))
+        self.register_buffer("scale_tril", torch.full_like(self.loc, self._init_scale))
+        self.family = SemiImplicit(self._make_conditional(layout.dim, recipe)).to(layout.device, layout.dtype)
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        self.setup_from_trace(self.trace_model(*args, **kwargs))
+
+    def _make_conditional(self, dim: int, recipe: Recipe) -> Conditional:
+        if self._ready_conditional is not None:
+            conditional = self._ready_conditional[0]
+            if conditional.dim != dim:
+                raise ArgumentError(
+                    f"the given conditional has dim {conditional.dim}, but the model has {dim} unconstrained latents; "
+                    "pass a class or a factory instead to have it made at the right size"
+                )
+            return conditional
+        mixing_dim = dim if self._mixing_dim is None else self._mixing_dim
+        hidden_dims = recipe.guide_hidden_dims if self._hidden_dims is None else self._hidden_dims
+        if self._conditional_factory is not None:
+            return self._conditional_factory(dim, mixing_dim, hidden_dims)
+        return DiagonalNormal(
+            dim,
+            mixing_dim,
+            hidden_dims,
+            scale_depends_on_z=recipe.scale_depends_on_z,
+            init_scale=recipe.init_scale,
+            min_scale=recipe.min_scale,
+            max_scale=recipe.max_scale,
+        )
+
+    @property
+    def affine(self) -> AffineMap:
+        """The map from the family's whitened space to the unconstrained latents."""
+        self.layout  # raises before set-up
+        return AffineMap(self.loc, self.scale_tril)
+
+    @affine.setter
+    def affine(self, affine: AffineMap) -> None:
+        layout = self.layout
+        self.loc, self.scale_tril = affine.to(layout.dtype, layout.device)
+
+    # --- the posterior ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample_unconstrained(self, num_samples: int) -> Tensor:
+        """Draws ``x (S, D)`` of the unconstrained latents, without a model run."""
+        self.layout  # raises before set-up
+        return self.affine.forward(self.family.rsample(num_samples).x)
+
+    @torch.no_grad()
+    def log_prob_estimate(self, x: Tensor, num_mixing: int = 1000) -> LogDensityEstimate:
+        """An estimate of ``log q(x)``, too low on average, at unconstrained points ``x (*batch, D)``."""
+        affine = self.affine
+        estimate = self.family.log_prob_estimate(affine.inverse(x), num_mixing)
+        return estimate._replace(value=estimate.value - affine.log_abs_det)
+
+    def get_posterior(self, *args: Any, **kwargs: Any) -> SemiImplicitPosterior:
+        """The distribution of the unconstrained latents."""
+        return SemiImplicitPosterior(self.family, self.affine, self.num_mixing)
+
+    def get_base_dist(self) -> TorchDistribution:
+        raise NotImplementedError("a semi-implicit posterior is no transformed base distribution; see get_posterior()")
+
+    def get_transform(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("a semi-implicit posterior is no transformed base distribution; see get_posterior()")
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Draw every latent site, inside the model's plates: a dict of site name to value."""
+        self.setup(*args, **kwargs)
+        self._claim_parameter_names()
+        latent = self.sample_latent(*args, **kwargs)
+        plates = self._create_plates(*args, **kwargs)
+        masked = poutine.get_mask() is False
+
+        result = {}
+        for site, unconstrained in self.layout.split_aligned(latent):
+            value = site.transform(unconstrained)
+            # Unmasked, the change of variables makes the site's density that of its constrained value.
+            log_density: Tensor | float = 0.0 if masked else -log_abs_det_jacobian(site, unconstrained, value)
+            with ExitStack() as stack:
+                for plate in site.plates:
+                    stack.enter_context(plates[plate.name])
+                value = pyro.subsample(value, event_dim=site.event_dim)
+                if isinstance(log_density, Tensor):
+                    log_density = pyro.subsample(log_density, event_dim=0)
+                delta = dist.Delta(value, log_density=log_density, event_dim=site.event_dim)
+                result[site.name] = pyro.sample(site.name, delta)
+        return result
+
+    @torch.no_grad()
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The posterior median of each unconstrained coordinate, mapped to the sites' supports.
+
+        From a fixed set of draws: the same value at every call, and no change to the random state.
+        """
+        x = self._reference_draws()
+        return self.layout.constrain(x.median(0).values)
+
+    @torch.no_grad()
+    def quantiles(self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Posterior quantiles of each unconstrained coordinate, mapped to the supports: ``(Q, *site shape)``.
+
+        From a fixed set of draws: the same values at every call, and no change to the random state.
+        """
+        x = self._reference_draws()
+        probabilities = torch.as_tensor(quantiles, dtype=x.dtype, device=x.device)
+        return self.layout.constrain(torch.quantile(x, probabilities, dim=0))
+
+    def _reference_draws(self, num_draws: int = 4000) -> Tensor:
+        self.layout  # raises before set-up
+        devices = [self.loc.device] if self.loc.is_cuda else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(0)
+            return self.sample_unconstrained(num_draws)
+
+    # --- living with Pyro's param store and pickle --------------------------------------------------
+
+    def _claim_parameter_names(self) -> None:
+        """Take a name under which no other guide has put parameters into Pyro's param store.
+
+        Two guides of one class share a default name, and the store would silently give the second the
+        parameters of the first.
+        """
+        store, base, count = pyro.get_param_store(), type(self).__name__, 0
+        name, parameter = next(iter(self._modules["family"].named_parameters()))
+        while store._params.get(f"{self._pyro_name}.family$$${name}", parameter) is not parameter:
+            count += 1
+            self._pyro_name = f"{base}_{count}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # AutoGuide's __getstate__ drops the model from the live object too; give it back.
+        model, master = self._model, self.master
+        try:
+            return dict(super().__getstate__())
+        finally:
+            self._model, self.master = model, master
+
+    def __deepcopy__(self, memo: dict) -> SemiImplicitGuide:
+        clone = type(self).__new__(type(self))
+        memo[id(self)] = clone
+        clone.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        clone._model = self._model
+        return clone
+
+    def attach_model(self, model: Callable, init_loc_fn: Callable = init_to_median) -> None:
+        """Give a guide that was unpickled its model back."""
+        self._model = (InitMessenger(init_loc_fn)(_CheckSupports()(model)),)
+
+
+class SemiImplicitPosterior(TorchDistribution):
+    """The distribution of a semi-implicit guide's unconstrained latents.
+
+    ``log_prob`` is defined for the last draw only: ``log (1/K) sum_k q(x|z_k)`` with the draw's own z among
+    the K mixing draws, whose expectation over draws is at least ``E log q``. At any other point there is no
+    such bound, and :meth:`log_prob` refuses.
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}
+    support = constraints.real_vector
+    has_rsample = True
+
+    def __init__(
+        self, family: SemiImplicit, affine: AffineMap, num_mixing: int, batch_shape: Sequence[int] = ()
+    ) -> None:
+        self.family, self.affine, self.num_mixing = family, affine, num_mixing
+        self._last: tuple[Tensor, Tensor] | None = None
+        super().__init__(Size(batch_shape), Size((family.dim,)), validate_args=False)
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> SemiImplicitPosterior:
+        return SemiImplicitPosterior(self.family, self.affine, self.num_mixing, batch_shape)
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        draw = self.family.rsample(Size(sample_shape) + self.batch_shape)
+        x = self.affine.forward(draw.x)
+        self._last = (x, draw.z)
+        return x
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._last is None or self._last[0] is not value:
+            raise NotImplementedError(
+                "the density of a semi-implicit guide has no closed form, and no bound away from its own draws. For an "
+                "estimate at given points use guide.log_prob_estimate(x, num_mixing)."
+            )
+        estimate = self.family.log_prob_estimate(self.affine.inverse(value), self.num_mixing, own_z=self._last[1])
+        return estimate.value - self.affine.log_abs_det
+
+
+class _CheckSupports(Messenger):
+    """Refuse latent sites without a bijection by our own error, and draw discrete ones without an init function.
+
+    It is the innermost handler, so that it sees each site before the ``InitMessenger``.
+    """
+
+    def _pyro_sample(self, msg: dict) -> None:
+        if msg["is_observed"] or msg["value"] is not None or site_is_subsample(msg):
+            return
+        if is_enumerable(msg):
+            msg["value"] = msg["fn"].sample()
+        else:
+            check_support(msg)
+
+
+def _latent_trace(trace: Trace, layout: LatentLayout) -> Trace:
+    """The part of a trace that holds the layout's sites, as Pyro's autoguides keep it."""
+    latent = Trace()
+    for name in layout.names:
+        latent.add_node(name, **trace.nodes[name])
+    return latent

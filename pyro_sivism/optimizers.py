@@ -1,0 +1,189 @@
+"""One way to drive three kinds of optimizers: our default, Pyro's, and torch's."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import pyro
+import torch
+from pyro.optim import PyroOptim
+from torch import Tensor, nn
+
+from pyro_sivism.errors import NonFiniteError, OptimizerError
+
+__all__ = ["Stepper", "check_optimizer", "clip_gradients", "make_stepper"]
+
+TorchOptimizerFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
+
+
+def check_optimizer(optim: Any, argument: str) -> None:
+    """Raise :class:`OptimizerError` unless ``optim`` is None, a PyroOptim, or a factory of torch optimizers."""
+    if optim is None or isinstance(optim, PyroOptim):
+        return
+    if isinstance(optim, torch.optim.Optimizer):
+        raise OptimizerError(
+            f"{argument} is a {type(optim).__name__} already bound to parameters, but this one's parameters do not "
+            "exist yet. Pass pyro.optim.Adam({'lr': 1e-3}), or a factory such as "
+            "functools.partial(torch.optim.Adam, lr=1e-3), or nothing for a good default."
+        )
+    if not callable(optim):
+        raise OptimizerError(
+            f"{argument} is a {type(optim).__name__}; expected a pyro.optim optimizer, a callable from parameters to "
+            "a torch optimizer, or None for a good default."
+        )
+
+
+class Stepper:
+    """Takes one optimizer step from gradients. Base class of the three kinds below.
+
+    Args:
+        params: the parameters, by name.
+    """
+
+    def __init__(self, params: Mapping[str, Tensor]) -> None:
+        self.params = dict(params)
+
+    def step(self, gradients: Sequence[Tensor | None], lr_factor: float) -> None:
+        """Move every parameter along its gradient; ``lr_factor`` is the schedule's, for our own optimizer."""
+        for param, gradient in zip(self.params.values(), gradients):
+            param.grad = gradient
+        self._step(lr_factor)
+        for param in self.params.values():
+            param.grad = None
+
+    def _step(self, lr_factor: float) -> None:
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+class _AdamStepper(Stepper):
+    """Our default: Adam with a lower rate for wide input layers, on the recipe's schedule."""
+
+    def __init__(
+        self,
+        params: Mapping[str, Tensor],
+        lr: float,
+        betas: tuple[float, float],
+        slow_params: Iterable[Tensor],
+        slow_factor: float,
+    ) -> None:
+        super().__init__(params)
+        slow_ids = {id(p) for p in slow_params}
+        slow = [p for p in self.params.values() if id(p) in slow_ids]
+        rest = [p for p in self.params.values() if id(p) not in slow_ids]
+        groups = [{"params": rest, "lr": lr, "base_lr": lr}]
+        if slow:
+            groups.append({"params": slow, "lr": lr * slow_factor, "base_lr": lr * slow_factor})
+        self._optimizer = torch.optim.Adam(groups, lr=lr, betas=betas, foreach=True)
+
+    def _step(self, lr_factor: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["base_lr"] * lr_factor
+        self._optimizer.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._optimizer.load_state_dict(state)
+
+
+class _TorchStepper(Stepper):
+    """The user's torch optimizer, at the user's learning rate."""
+
+    def __init__(self, params: Mapping[str, Tensor], factory: TorchOptimizerFactory, argument: str) -> None:
+        super().__init__(params)
+        try:
+            optimizer = factory(list(self.params.values()))
+        except TypeError as error:
+            raise OptimizerError(
+                f"{argument} could not be called with a list of parameters: {error}. Expected a torch optimizer class "
+                "or factory, e.g. functools.partial(torch.optim.Adam, lr=1e-3)."
+            ) from error
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise OptimizerError(
+                f"{argument} returned a {type(optimizer).__name__}; expected a torch.optim.Optimizer, e.g. from "
+                "functools.partial(torch.optim.Adam, lr=1e-3)."
+            )
+        self._optimizer = optimizer
+
+    def _step(self, lr_factor: float) -> None:
+        self._optimizer.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._optimizer.load_state_dict(state)
+
+
+class _PyroStepper(Stepper):
+    """A PyroOptim, as SVI drives it: called with parameters that the param store knows by name."""
+
+    def __init__(self, params: Mapping[str, Tensor], optim: PyroOptim) -> None:
+        super().__init__(params)
+        self._optim = optim
+        store = pyro.get_param_store()
+        for name, param in self.params.items():
+            if store.param_name(param) is None:
+                store.pop(name, None)
+                pyro.param(name, param)
+
+    def _step(self, lr_factor: float) -> None:
+        self._optim([param for param in self.params.values() if param.grad is not None])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: self._optim.optim_objs[p].state_dict() for name, p in self.params.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._optim.set_state(state)
+
+
+def make_stepper(
+    optim: PyroOptim | TorchOptimizerFactory | None,
+    params: Mapping[str, Tensor],
+    argument: str,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    slow_params: Iterable[nn.Parameter] = (),
+    slow_factor: float = 1.0,
+) -> Stepper:
+    """A stepper for ``params`` from what the user passed as ``argument``; the keywords describe our default."""
+    check_optimizer(optim, argument)
+    if optim is None:
+        return _AdamStepper(params, lr, betas, slow_params, slow_factor)
+    if isinstance(optim, PyroOptim):
+        return _PyroStepper(params, optim)
+    if inspect.isclass(optim) and issubclass(optim, torch.optim.Optimizer):
+        needs_lr = inspect.signature(optim).parameters["lr"].default is inspect.Parameter.empty
+        if needs_lr:
+            raise OptimizerError(
+                f"{argument} is {optim.__name__}, which has no default learning rate; pass "
+                f"functools.partial(torch.optim.{optim.__name__}, lr=...)."
+            )
+    return _TorchStepper(params, optim, argument)
+
+
+def clip_gradients(gradients: Sequence[Tensor | None], max_norm: float, whose: str) -> list[Tensor | None]:
+    """The gradients scaled down to a total norm of ``max_norm``.
+
+    Raises:
+        NonFiniteError: the total norm is NaN or infinite; nothing has been updated.
+    """
+    present = [g for g in gradients if g is not None]
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in present]))
+    if not bool(norm.isfinite()):
+        raise NonFiniteError(
+            f"the {whose}'s gradient is not finite; no parameter was changed. Lower the learning rate, or check the "
+            "model for overflow far from the posterior (float64 data often cures it)."
+        )
+    scale = (max_norm / norm.clamp(min=1e-12)).clamp(max=1.0)
+    return [None if g is None else g * scale for g in gradients]
