@@ -1,8 +1,8 @@
 """Semi-implicit variational inference via score matching, for Pyro models.
 
-    sivism = SIVISM(model)
-    sivism.run(None, data)
-    idata = sivism.to_inference_data(data)
+sivism = SIVISM(model)
+sivism.run(None, data)
+idata = sivism.to_inference_data(data)
 """
 
 from pyro_sivism.errors import SivismError, SivismWarning
@@ -13,7 +13,7 @@ from pyro_sivism.objectives import FisherDivergence, Objective, PathGradientKL
 from pyro_sivism.sivism import SIVISM, FitResult, StepInfo
 from pyro_sivism.target import Target
 
-__version__ = "0.1.0"
+from pyro_sivism.version import __version__
 
 __all__ = [
     "SIVISM",

@@ -208,9 +208,7 @@ class LatentLayout:
         """
         for site in self.sites:
             flat = x[..., site.offset : site.offset + site.size]
-            shape = torch.broadcast_shapes(
-                site.unconstrained_shape, x.shape[:-1] + (1,) * site.unconstrained_event_dim
-            )
+            shape = torch.broadcast_shapes(site.unconstrained_shape, x.shape[:-1] + (1,) * site.unconstrained_event_dim)
             yield site, flat.reshape(shape)
 
     def constrain(self, x: Tensor) -> dict[str, Tensor]:
@@ -285,9 +283,7 @@ def is_enumerable(msg: dict) -> bool:
 
 
 def _is_continuous_latent(msg: dict) -> bool:
-    return (
-        msg["type"] == "sample" and not msg["is_observed"] and not site_is_subsample(msg) and not is_enumerable(msg)
-    )
+    return msg["type"] == "sample" and not msg["is_observed"] and not site_is_subsample(msg) and not is_enumerable(msg)
 
 
 def _plates(msg: dict) -> tuple[PlateDim, ...]:

@@ -56,7 +56,9 @@ class ScoreNetwork(nn.Module):
     mean: Tensor
     sd: Tensor
 
-    def __init__(self, dim: int, hidden_dims: Sequence[int], *, decay: float = 0.02, gaussian_base: bool = True) -> None:
+    def __init__(
+        self, dim: int, hidden_dims: Sequence[int], *, decay: float = 0.02, gaussian_base: bool = True
+    ) -> None:
         super().__init__()
         self.gaussian_base = gaussian_base
         self.net = MLP(dim, dim, hidden_dims, zero_last=True)

@@ -39,9 +39,7 @@ class FisherDivergence(Objective):
         annealing_start: the first factor, in (0, 1].
     """
 
-    def __init__(
-        self, *, target_residual: bool = True, annealing_steps: int = 0, annealing_start: float = 0.1
-    ) -> None:
+    def __init__(self, *, target_residual: bool = True, annealing_steps: int = 0, annealing_start: float = 0.1) -> None:
         if annealing_steps < 0 or not 0 < annealing_start <= 1:
             raise ArgumentError(
                 "expected annealing_steps >= 0 and 0 < annealing_start <= 1, got "

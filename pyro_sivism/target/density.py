@@ -349,9 +349,7 @@ def _with_autograd(fn: Callable[[Tensor], Tensor], x: Tensor, with_score: bool) 
         log_density = fn(point)
         if not log_density.requires_grad:  # a density that does not depend on the latents at all
             return log_density, torch.zeros_like(point)
-        (score,) = torch.autograd.grad(
-            log_density.sum(), point, create_graph=differentiable, materialize_grads=True
-        )
+        (score,) = torch.autograd.grad(log_density.sum(), point, create_graph=differentiable, materialize_grads=True)
     return (log_density, score) if differentiable else (log_density.detach(), score)
 
 
