@@ -10,9 +10,9 @@ from pyro_sivism.family import BatchAndMatch, DiagonalNormal, FixedGaussian, Low
 from pyro_sivism.guide import SemiImplicitGuide
 from pyro_sivism.layout import LatentLayout
 from pyro_sivism.objectives import FisherDivergence, Objective, PathGradientKL
-from pyro_sivism.sivism import SIVISM, FitResult, StepInfo
+from pyro_sivism.results import FitResult, StepInfo
+from pyro_sivism.sivism import SIVISM
 from pyro_sivism.target import Target
-
 from pyro_sivism.version import __version__
 
 __all__ = [
@@ -32,4 +32,5 @@ __all__ = [
     "SivismWarning",
     "StepInfo",
     "Target",
+    "__version__",
 ]

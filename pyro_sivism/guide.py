@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro
 import pyro.distributions as dist
@@ -90,6 +90,7 @@ class SemiImplicitGuide(AutoContinuous):
         self._ready_conditional = (conditional,) if isinstance(conditional, Conditional) else None
         self._init_scale = 0.1 if init_scale is None else float(init_scale)
         self.num_mixing = num_mixing
+        self.is_fitted = False  # whether a SIVISM has fitted the Gaussian it lives on
         self._layout: LatentLayout | None = None
 
     # --- set-up -------------------------------------------------------------------------------------
@@ -105,12 +106,16 @@ class SemiImplicitGuide(AutoContinuous):
         Raises:
             NotSetUpError: before the first call.
         """
-        if self._layout is None:
+        self._require_set_up()
+        assert self._layout is not None
+        return self._layout
+
+    def _require_set_up(self) -> None:
+        if not self.is_set_up:
             raise NotSetUpError(
                 "this SemiImplicitGuide does not know its model's latents yet. Call guide.setup(*args, **kwargs) with "
                 "the model's arguments first, or guide(*args, **kwargs), or SIVISM's setup, step or run."
             )
-        return self._layout
 
     def setup(self, *args: Any, **kwargs: Any) -> SemiImplicitGuide:
         """Run the model once on its arguments, lay out its latents and make the family; returns the guide.
@@ -175,7 +180,7 @@ class SemiImplicitGuide(AutoContinuous):
     @property
     def affine(self) -> AffineMap:
         """The map from the family's whitened space to the unconstrained latents."""
-        self.layout  # raises before set-up
+        self._require_set_up()
         return AffineMap(self.loc, self.scale_tril)
 
     @affine.setter
@@ -188,7 +193,6 @@ class SemiImplicitGuide(AutoContinuous):
     @torch.no_grad()
     def sample_unconstrained(self, num_samples: int) -> Tensor:
         """Draws ``x (S, D)`` of the unconstrained latents, without a model run."""
-        self.layout  # raises before set-up
         return self.affine.forward(self.family.rsample(num_samples).x)
 
     @torch.no_grad()
@@ -251,7 +255,7 @@ class SemiImplicitGuide(AutoContinuous):
         return self.layout.constrain(torch.quantile(x, probabilities, dim=0))
 
     def _reference_draws(self, num_draws: int = 4000) -> Tensor:
-        self.layout  # raises before set-up
+        self._require_set_up()
         devices = [self.loc.device] if self.loc.is_cuda else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(0)
@@ -299,7 +303,7 @@ class SemiImplicitPosterior(TorchDistribution):
     such bound, and :meth:`log_prob` refuses.
     """
 
-    arg_constraints: dict[str, constraints.Constraint] = {}
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
     support = constraints.real_vector
     has_rsample = True
 

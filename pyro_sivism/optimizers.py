@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from pyro_sivism.errors import NonFiniteError, OptimizerError
 
-__all__ = ["Stepper", "check_optimizer", "clip_gradients", "make_stepper"]
+__all__ = ["OptimizerLike", "Stepper", "check_optimizer", "clip_gradients", "make_stepper"]
 
 TorchOptimizerFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
+OptimizerLike = PyroOptim | TorchOptimizerFactory
 
 
 def check_optimizer(optim: Any, argument: str) -> None:

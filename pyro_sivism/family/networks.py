@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ class MLP(nn.Sequential):
     def __init__(self, in_dim: int, out_dim: int, hidden_dims: Sequence[int], *, zero_last: bool = False) -> None:
         dims = [in_dim, *hidden_dims]
         layers: list[nn.Module] = []
-        for n, m in zip(dims[:-1], dims[1:]):
+        for n, m in pairwise(dims):
             layers += [nn.Linear(n, m), nn.SiLU()]
         last = nn.Linear(dims[-1], out_dim)
         if zero_last:

@@ -21,7 +21,7 @@ from pyro_sivism.errors import NonFiniteError
 from pyro_sivism.family import ScoreNetwork, SemiImplicit, SemiImplicitSample, TargetDensity
 from pyro_sivism.recipe import Recipe
 
-__all__ = ["GuideLoss", "Objective", "fisher_divergence", "finite_rows"]
+__all__ = ["GuideLoss", "Objective", "finite_rows", "fisher_divergence"]
 
 
 class GuideLoss(NamedTuple):

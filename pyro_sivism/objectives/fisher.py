@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pyro_sivism.errors import ArgumentError
 from pyro_sivism.family import ScoreNetwork, SemiImplicitSample
-from pyro_sivism.objectives.base import GuideLoss, Objective, fisher_divergence, finite_rows, mean_over
+from pyro_sivism.objectives.base import GuideLoss, Objective, finite_rows, fisher_divergence, mean_over
 from pyro_sivism.recipe import Recipe
 
 __all__ = ["FisherDivergence"]

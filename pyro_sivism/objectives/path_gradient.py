@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 
 from pyro_sivism.family import SemiImplicitSample
-from pyro_sivism.objectives.base import GuideLoss, Objective, fisher_divergence, finite_rows, mean_over
+from pyro_sivism.objectives.base import GuideLoss, Objective, finite_rows, fisher_divergence, mean_over
 
 __all__ = ["PathGradientKL"]
 

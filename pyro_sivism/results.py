@@ -1,0 +1,54 @@
+"""What a step and a run report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from pyro_sivism.family import GaussianFit
+
+__all__ = ["FitResult", "StepInfo"]
+
+
+class StepInfo(NamedTuple):
+    """What one step did.
+
+    Attributes:
+        step: its number, from 1.
+        loss: the Fisher divergence estimate, in the whitened space; it falls towards 0.
+        critic_loss: the critic's loss at its last update.
+        num_nonfinite: particles left out because their score was not finite.
+    """
+
+    step: int
+    loss: float
+    critic_loss: float
+    num_nonfinite: int
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a call of :meth:`SIVISM.run` did.
+
+    Attributes:
+        num_steps: guide steps taken in this run.
+        losses, critic_losses: one number per step of this run, float tensors (num_steps,).
+        num_nonfinite: particles left out over all steps because their score was not finite.
+        num_evaluations: scores of single points computed since set-up, all told.
+        seconds: wall-clock of ``setup`` (prototype, path choice), ``preconditioner``, ``critic_warmup`` and ``steps``.
+        interrupted: whether Ctrl-C or a callback ended the run early.
+        preconditioner: the Gaussian the family started from; None where a trained guide or a saved fit went on.
+        target_path: how scores are computed, and why.
+    """
+
+    num_steps: int
+    losses: Tensor
+    critic_losses: Tensor
+    num_nonfinite: int
+    num_evaluations: int
+    seconds: dict[str, float]
+    interrupted: bool
+    preconditioner: GaussianFit | None
+    target_path: str

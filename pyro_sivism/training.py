@@ -1,0 +1,203 @@
+"""The training loop: one family, one critic, one objective, and their optimizers.
+
+One step is
+
+1. ``critic_steps`` times: draw from q without gradients, and move the critic down its loss;
+2. once: draw from q with gradients, ask the objective for the guide's loss, and move the family down it;
+3. average the family's weights into those that are reported;
+4. if the model has learnable parameters, move them up E_q[log p] (variational EM).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_sivism.errors import NonFiniteWarning
+from pyro_sivism.family import SemiImplicit, TargetDensity
+from pyro_sivism.objectives import GuideLoss, Objective
+from pyro_sivism.optimizers import OptimizerLike, Stepper, clip_gradients, make_stepper
+from pyro_sivism.recipe import Recipe
+from pyro_sivism.results import StepInfo
+from pyro_sivism.warn import warn
+
+__all__ = ["Training"]
+
+_MODEL_PARAM_LR = 1e-2
+
+
+class Training:
+    """The state of a fit in progress.
+
+    Args:
+        family: the live family, which the optimizer moves.
+        averaged: the family that is reported, whose weights follow the live ones.
+        critic: a module from (B, D) to (B, D).
+        objective: what to move them by.
+        recipe: the settings.
+        optim, critic_optim: the user's optimizers, or None for ours.
+        name: prefix of the parameters' names, which per-parameter optimizer arguments see.
+    """
+
+    def __init__(
+        self,
+        family: SemiImplicit,
+        averaged: SemiImplicit,
+        critic: nn.Module,
+        objective: Objective,
+        recipe: Recipe,
+        *,
+        optim: OptimizerLike | None,
+        critic_optim: OptimizerLike | None,
+        name: str,
+    ) -> None:
+        self.family, self.averaged, self.critic = family, averaged, critic
+        self.objective, self.recipe = objective, recipe
+        self.num_steps = 0
+        self.is_warm = False
+        self._optim = optim
+        self._schedule: tuple[int, int] | None = None
+        self._warned_nonfinite = False
+        self._guide_stepper = make_stepper(
+            optim,
+            {f"{name}.training.{key}": p for key, p in family.named_parameters()},
+            "optim",
+            lr=recipe.guide_lr,
+            betas=recipe.betas,
+            slow_params=family.conditional.input_parameters(),
+            slow_factor=recipe.input_lr_factor,
+        )
+        self._critic_stepper = make_stepper(
+            critic_optim,
+            {f"{name}.critic.{key}": p for key, p in critic.named_parameters()},
+            "critic_optim",
+            lr=recipe.critic_lr,
+            betas=recipe.betas,
+            slow_params=getattr(critic, "input_parameters", list)(),
+            slow_factor=recipe.input_lr_factor,
+        )
+        self._model_stepper: Stepper | None = None
+
+    def connect(self, target: TargetDensity, model_params: Mapping[str, Tensor]) -> None:
+        """Work on this whitened target from now on, and learn these parameters of the model."""
+        self.target = target
+        self.objective.setup(self.family, target, self.critic)
+        known = {} if self._model_stepper is None else self._model_stepper.params
+        if {key: id(p) for key, p in model_params.items()} == {key: id(p) for key, p in known.items()}:
+            return
+        self._model_stepper = None
+        if model_params:
+            self._model_stepper = make_stepper(
+                self._optim, model_params, "optim", lr=_MODEL_PARAM_LR, betas=self.recipe.betas
+            )
+
+    def warm_up(self) -> None:
+        """Let the critic learn the score of the first q, which the guide's first step relies on; once."""
+        if not self.is_warm:
+            for _ in range(self.recipe.critic_warmup_steps):
+                self._critic_step(lr_factor=1.0)
+        self.is_warm = True
+
+    def plan(self, num_steps: int | None) -> None:
+        """Let the learning rate fall over the next ``num_steps`` steps, or stay constant if None."""
+        self._schedule = None if num_steps is None else (self.num_steps, num_steps)
+
+    def step(self) -> StepInfo:
+        """Take one step, as the module docstring says.
+
+        Raises:
+            NonFiniteError: every particle's score is non-finite, or a gradient is; nothing has been updated.
+        """
+        lr_factor = self._lr_factor()
+        for _ in range(self.recipe.critic_steps):
+            critic_loss = self._critic_step(lr_factor)
+
+        sample = self.family.rsample(self.recipe.num_particles)
+        losses = self.objective.guide_loss(sample, self.num_steps)
+        params = list(self._guide_stepper.params.values())
+        gradients = torch.autograd.grad(losses.loss, params, allow_unused=True)
+        self._guide_stepper.step(clip_gradients(gradients, self.recipe.clip_norm, "guide"), lr_factor)
+        self._average_weights()
+        if self._model_stepper is not None:
+            self._model_step(self._model_stepper, sample.x.detach(), lr_factor)
+
+        self.num_steps += 1
+        info = StepInfo(self.num_steps, losses.fisher_divergence.item(), critic_loss.item(), int(losses.num_nonfinite))
+        self._report_nonfinite(info)
+        return info
+
+    @torch.no_grad()
+    def evaluate(self) -> GuideLoss:
+        """The losses of the averaged family on fresh draws; nothing is updated."""
+        return self.objective.guide_loss(self.averaged.rsample(self.recipe.num_particles), self.num_steps)
+
+    # --- pieces of a step ---------------------------------------------------------------------------
+
+    def _critic_step(self, lr_factor: float) -> Tensor:
+        with torch.no_grad():
+            sample = self.family.rsample(self.recipe.num_particles)
+            update_moments = getattr(self.critic, "update_moments", None)
+            if update_moments is not None:
+                update_moments(sample.x)
+        loss = self.objective.critic_loss(sample, self.num_steps)
+        gradients = torch.autograd.grad(loss, list(self._critic_stepper.params.values()), allow_unused=True)
+        self._critic_stepper.step(clip_gradients(gradients, self.recipe.clip_norm, "critic"), lr_factor)
+        return loss.detach()
+
+    def _model_step(self, stepper: Stepper, x: Tensor, lr_factor: float) -> None:
+        """The M step of variational EM: move the model's parameters up ``E_q[log p]`` at the guide's own draws."""
+        log_density = self.target.log_density(x)
+        finite = log_density.isfinite()
+        loss = -torch.where(finite, log_density, 0.0).sum() / finite.sum().clamp(min=1)
+        gradients = torch.autograd.grad(loss, list(stepper.params.values()), allow_unused=True)
+        stepper.step(gradients, lr_factor)
+
+    @torch.no_grad()
+    def _average_weights(self) -> None:
+        """Average the live weights into the reported ones: over few steps at first, about 100 later."""
+        decay = min(self.recipe.averaging_decay, (1.0 + self.num_steps) / (10.0 + self.num_steps))
+        for averaged, live in zip(self.averaged.parameters(), self.family.parameters()):
+            averaged.lerp_(live, 1.0 - decay)
+        for averaged_buffer, live_buffer in zip(self.averaged.buffers(), self.family.buffers()):
+            averaged_buffer.copy_(live_buffer)
+
+    def _lr_factor(self) -> float:
+        """The schedule: a linear ramp from set-up, then a cosine over a run of known length, or constant."""
+        ramp = min(1.0, (self.num_steps + 1) / self.recipe.ramp_steps)
+        if self._schedule is None:
+            return ramp
+        start, length = self._schedule
+        progress, low = min(1.0, (self.num_steps - start) / length), self.recipe.final_lr_fraction
+        return ramp * (low + (1.0 - low) * 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+    def _report_nonfinite(self, info: StepInfo) -> None:
+        if info.num_nonfinite and not self._warned_nonfinite:
+            self._warned_nonfinite = True
+            warn(
+                f"step {info.step}: the target's score was not finite at {info.num_nonfinite} particles, which were "
+                "left out of the step; q may be cut off there. Later steps are counted in FitResult.num_nonfinite.",
+                NonFiniteWarning,
+            )
+
+    # --- saving -------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed fit needs beside the modules."""
+        return {
+            "guide_optim": self._guide_stepper.state_dict(),
+            "critic_optim": self._critic_stepper.state_dict(),
+            "model_optim": None if self._model_stepper is None else self._model_stepper.state_dict(),
+            "num_steps": self.num_steps,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`; the modules are the caller's to restore, before this training is made."""
+        self._guide_stepper.load_state_dict(state["guide_optim"])
+        self._critic_stepper.load_state_dict(state["critic_optim"])
+        if self._model_stepper is not None and state["model_optim"] is not None:
+            self._model_stepper.load_state_dict(state["model_optim"])
+        self.num_steps, self.is_warm = state["num_steps"], True
