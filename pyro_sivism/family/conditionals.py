@@ -44,11 +44,10 @@ class Conditional(nn.Module):
         """
         conditional = self(z)
         x = conditional.rsample()
+        differentiable = x.requires_grad
         with torch.enable_grad():
-            point = x if x.requires_grad else x.detach().requires_grad_()
-            (score,) = torch.autograd.grad(
-                conditional.log_prob(point).sum(), point, create_graph=torch.is_grad_enabled()
-            )
+            point = x if differentiable else x.detach().requires_grad_()
+            (score,) = torch.autograd.grad(conditional.log_prob(point).sum(), point, create_graph=differentiable)
         return x, score
 
     def input_parameters(self) -> list[nn.Parameter]:
@@ -165,7 +164,8 @@ class LowRankNormal(Conditional):
 
     The conditional score is ``-C^{-1} (x - mu)``, by the Woodbury identity: with ``u = sigma eps1 + F eps2``
     it costs O(D rank) a draw. Correlated conditionals need less of the mixing network where the posterior's
-    fine structure is correlated.
+    fine structure is correlated. The entries of F start as draws of sd .01 (at 0 their gradient would vanish), so
+    that the first q(x) is ``N(0, I + F F')``, standard normal up to about ``1e-4 rank``.
 
     Args:
         rank: columns of F; the other arguments are those of :class:`DiagonalNormal`, with ``sigma`` constant.
@@ -193,18 +193,18 @@ class LowRankNormal(Conditional):
         self.factor = nn.Parameter(1e-2 * torch.randn(dim, rank))
 
     def forward(self, z: Tensor) -> Distribution:
-        loc, scale = self.loc(z), self.scale(z)
-        factor = self.factor.expand(loc.shape[:-1] + self.factor.shape)
-        return LowRankMultivariateNormal(loc, factor, scale.square(), validate_args=False)
+        # Without batch dims of its own, C is factorized once for all z.
+        variance = self.scale(z.new_zeros(self.mixing_dim)).square()
+        return LowRankMultivariateNormal(self.loc(z), self.factor, variance, validate_args=False)
 
     def rsample_with_score(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        loc, scale = self.loc(z), self.scale(z)
+        loc, scale = self.loc(z), self.scale(z.new_zeros(self.mixing_dim))
         noise = torch.randn_like(loc)
         factor_noise = torch.randn(loc.shape[:-1] + self.factor.shape[-1:], dtype=loc.dtype, device=loc.device)
         deviation = scale * noise + factor_noise @ self.factor.mT
 
         # C^{-1} u = S^{-1} u - S^{-1} F (I + F' S^{-1} F)^{-1} F' S^{-1} u,  S = diag(sigma^2), sigma constant.
-        variance = self.scale(z.new_zeros(self.mixing_dim)).square()
+        variance = scale.square()
         whitened_factor = self.factor / variance[:, None]
         rank = self.factor.shape[-1]
         capacitance = torch.eye(rank, dtype=loc.dtype, device=loc.device) + self.factor.mT @ whitened_factor

@@ -75,9 +75,14 @@ class ScoreNetwork(nn.Module):
 
     @torch.no_grad()
     def update_moments(self, x: Tensor) -> None:
-        """Move the running mean and sd towards those of draws (B, D)."""
-        self.mean.lerp_(x.mean(0), self.decay)
-        self.sd.copy_(self.sd.square().lerp(x.var(0, correction=0), self.decay).sqrt())
+        """Move the running mean and sd towards those of draws (B, D); B may be 1.
+
+        The new moments are those of a mixture, of the old ones with weight ``1 - decay`` and the batch with ``decay``.
+        """
+        mean, variance = x.mean(0), x.var(0, correction=0)
+        between = (1.0 - self.decay) * (mean - self.mean).square()
+        self.sd.copy_(self.sd.square().lerp(variance + between, self.decay).sqrt())
+        self.mean.lerp_(mean, self.decay)
 
     def input_parameters(self) -> list[nn.Parameter]:
         return self.net.input_parameters()

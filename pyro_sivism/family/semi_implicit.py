@@ -84,7 +84,8 @@ class SemiImplicit(nn.Module):
         With fresh ``z_k`` Jensen's inequality makes it too low on average; its bias vanishes as K grows, but
         where q(x|z) is narrow that takes K exponential in D. With the draw's own z among the z_k it is an upper
         bound on E_q log q, which makes ``E_q[log p - estimate]`` a lower bound on the evidence, the surrogate
-        ELBO of Yin and Zhou (2018).
+        ELBO of Yin and Zhou (2018). The fresh z_k are the same for all points, so that a call costs K passes of
+        the mixing network and K x B densities; the errors at different points are therefore not independent.
 
         Args:
             x: points ``(*batch, D)``.
@@ -94,9 +95,9 @@ class SemiImplicit(nn.Module):
         if num_mixing < 1:
             raise ArgumentError(f"expected num_mixing of at least 1, got {num_mixing}")
         num_fresh = num_mixing if own_z is None else num_mixing - 1
-        z = self.sample_mixing((num_fresh, *x.shape[:-1]))
-        if own_z is not None:
-            z = torch.cat([own_z[None], z])
-        log_probs = self.conditional(z).log_prob(x)
-        bias = "low" if own_z is None else "high"
-        return LogDensityEstimate(log_probs.logsumexp(0) - math.log(num_mixing), bias, num_mixing)
+        z = self.sample_mixing((num_fresh, *(1 for _ in x.shape[:-1])))
+        log_prob = self.conditional(z).log_prob(x).logsumexp(0)
+        if own_z is None:
+            return LogDensityEstimate(log_prob - math.log(num_mixing), "low", num_mixing)
+        log_prob = torch.logaddexp(log_prob, self.conditional(own_z).log_prob(x))
+        return LogDensityEstimate(log_prob - math.log(num_mixing), "high", num_mixing)
