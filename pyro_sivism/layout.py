@@ -2,7 +2,7 @@
 
 A model's latents have supports, shapes and plates; the algorithm sees one vector ``x`` of D
 unconstrained numbers. :class:`LatentLayout` is the frozen map between the two. Each site with
-support S holds the slice ``x[offset : offset + size]``, is mapped to S by ``biject_to(S)`` and adds
+support S holds the slice ``x[offset : offset + size]``, is mapped to S by ``bijection(S)`` and adds
 ``log |d value / d x|`` to the target's log density. A site inside a subsampling plate is held at
 the plate's *full* size: the minibatch is indexed when the model runs, never when the layout is made.
 """
@@ -19,8 +19,9 @@ from pyro.ops.tensor_utils import periodic_repeat
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Size, Tensor
-from torch.distributions import Transform, biject_to, constraints
+from torch.distributions import Transform, constraints
 
+from pyro_sivism.bijections import bijection
 from pyro_sivism.errors import EmptyModelError, LayoutChangedError, UnsupportedSiteError
 
 __all__ = ["LatentLayout", "LatentSite", "PlateDim"]
@@ -68,7 +69,7 @@ class LatentSite:
     @property
     def transform(self) -> Transform:
         """The bijection from the unconstrained space to the support."""
-        return biject_to(self.support)
+        return bijection(self.support)
 
     @property
     def subsampled_plates(self) -> tuple[PlateDim, ...]:
@@ -134,7 +135,7 @@ class LatentLayout:
                 continue
             check_support(msg)
             value = _to_full_size(msg["value"].detach(), msg)
-            unconstrained = biject_to(msg["fn"].support).inv(value)
+            unconstrained = bijection(msg["fn"].support).inv(value)
             site = LatentSite(
                 name=name,
                 support=msg["fn"].support,
@@ -219,7 +220,8 @@ class LatentLayout:
         """``log |d values / d x|``, shape ``(*batch,)``, of all sites together at ``x (*batch, D)``."""
         total = x.new_zeros(x.shape[:-1])
         for site, u in self.split(x):
-            total = total + sum_rightmost(log_abs_det_jacobian(site, u, site.transform(u)), u.dim() - x.dim() + 1)
+            log_det = log_abs_det_jacobian(site, u, site.transform(u))
+            total = total + sum_rightmost(log_det, log_det.dim() - total.dim())
         return total
 
     def check_same(self, other: LatentLayout) -> None:
@@ -243,8 +245,8 @@ class LatentLayout:
 def log_abs_det_jacobian(site: LatentSite, unconstrained: Tensor, value: Tensor) -> Tensor:
     """``log |d value / d unconstrained|`` of one site, one number for each batch element.
 
-    ``biject_to`` gives elementwise maps one number per element and event maps one per event; both are
-    summed over what is left of the event here.
+    Elementwise maps give one number per element and event maps one per event; both are summed over what is
+    left of the event here.
     """
     log_det = site.transform.log_abs_det_jacobian(unconstrained, value)
     return sum_rightmost(log_det, log_det.dim() - value.dim() + site.event_dim)
@@ -254,7 +256,7 @@ def check_support(msg: dict) -> None:
     """Raise :class:`UnsupportedSiteError` unless a sample site's support has a bijection."""
     name, fn = msg["name"], msg["fn"]
     try:
-        biject_to(fn.support)
+        bijection(fn.support)
     except NotImplementedError:
         pass
     else:

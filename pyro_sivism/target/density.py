@@ -355,7 +355,8 @@ def _with_autograd(fn: Callable[[Tensor], Tensor], x: Tensor, with_score: bool) 
 
 def _agree(got: Tensor | None, want: Tensor | None) -> bool:
     """Equal up to the rounding of sums taken in another order; NaN equals NaN."""
-    assert got is not None and want is not None
+    assert got is not None
+    assert want is not None
     if got.shape != want.shape:
         return False
     scale = want[want.isfinite()].abs().max().item() if want.isfinite().any() else 0.0

@@ -13,8 +13,9 @@ from collections.abc import Mapping
 import torch
 from opt_einsum import shared_intermediates
 from pyro.distributions.torch_distribution import TorchDistributionMixin
-from pyro.distributions.util import is_identically_one, scale_and_mask
+from pyro.distributions.util import scale_and_mask
 from pyro.ops.contract import contract_tensor_tree
+from pyro.ops.packed import broadcast_all, pack
 from pyro.ops.packed import scale_and_mask as packed_scale_and_mask
 from pyro.poutine import Trace
 from pyro.poutine.enum_messenger import EnumMessenger
@@ -139,42 +140,81 @@ def enumerated_log_joint(trace: Trace) -> Tensor:
     trace.pack_tensors()
     sites = [m for m in trace.nodes.values() if m["type"] == "sample" and not site_is_subsample(m)]
     enumerated = {m["name"] for m in sites if m["infer"].get("_enumerate_dim") is not None}
-    plate_symbols = set(trace.plate_to_symbol.values())
     sum_dims = {d for m in sites if m["name"] in enumerated for d in m["packed"]["log_prob"]._pyro_dims}
-    sum_dims -= plate_symbols
+    sum_dims -= set(trace.plate_to_symbol.values())
 
     total: Tensor | float = 0.0
-    factors: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
-    scales = []
+    summed = []
     for msg in sites:
-        packed, name = msg["packed"], msg["name"]
-        if name not in enumerated and sum_dims.isdisjoint(packed["log_prob"]._pyro_dims):
-            total = total + packed["log_prob"].sum()
-            continue
-        ordinal = frozenset(trace.plate_to_symbol[f.name] for f in msg["cond_indep_stack"] if f.vectorized)
-        # A mask drops what depends on the enumerated variable; its own probabilities still sum to one.
-        mask = None if name in enumerated else packed["mask"]
-        factor = packed_scale_and_mask(packed["unscaled_log_prob"], mask=mask)
-        factors.setdefault(ordinal, []).append(factor)
-        scales.append((name, msg["scale"]))
-    if not factors:
-        return torch.as_tensor(total)
+        if sum_dims.isdisjoint(msg["packed"]["log_prob"]._pyro_dims):
+            total = total + msg["packed"]["log_prob"].sum()
+        else:
+            summed.append(msg)
+    for component in _connected(summed, sum_dims):
+        total = total + _log_marginal(component, sum_dims, trace.plate_to_symbol)
+    return torch.as_tensor(total)
 
-    scale = _common_scale(scales)
+
+def _connected(sites: list[dict], sum_dims: set[str]) -> list[list[dict]]:
+    """Split sites into the groups that share an enumerated variable, directly or through others."""
+    groups: list[tuple[set[str], list[dict]]] = []
+    for msg in sites:
+        dims, members = sum_dims.intersection(msg["packed"]["log_prob"]._pyro_dims), [msg]
+        apart = []
+        for group in groups:
+            if group[0].isdisjoint(dims):
+                apart.append(group)
+            else:
+                dims, members = dims | group[0], group[1] + members
+        groups = [*apart, (dims, members)]
+    return [members for _, members in groups]
+
+
+def _log_marginal(sites: list[dict], sum_dims: set[str], plate_to_symbol: Mapping[str, str]) -> Tensor:
+    """``scale * log sum_k p_k`` of sites that share enumerated variables, summed over the plates around the sum."""
+    factors: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
+    for msg in sites:
+        ordinal = frozenset(plate_to_symbol[f.name] for f in msg["cond_indep_stack"] if f.vectorized)
+        factor = packed_scale_and_mask(msg["packed"]["unscaled_log_prob"], mask=msg["packed"]["mask"])
+        factors.setdefault(ordinal, []).append(factor)
+    scale = _common_scale(sites)
     with shared_intermediates() as cache:
         contracted = contract_tensor_tree(factors, sum_dims, cache=cache)
-    marginal = sum(term.sum() for terms in contracted.values() for term in terms)
-    return total + scale * marginal
+    ((log_marginal,),) = contracted.values()
+    if not isinstance(scale, Tensor):
+        return scale * log_marginal.sum()
+    if not set(_packed_dims(scale)) <= set(_packed_dims(log_marginal)):
+        raise ModelError(
+            f"site '{sites[0]['name']}' has a scale of shape {tuple(scale.shape)} inside a sum over enumerated "
+            "values; expected one scale for each sum. Put the enumerated site and poutine.scale in the same plates."
+        )
+    log_marginal, scale = broadcast_all(log_marginal, scale)
+    return (scale * log_marginal).sum()
 
 
-def _common_scale(scales: list[tuple[str, Tensor | float]]) -> Tensor | float:
-    name, first = scales[0]
-    for other, scale in scales[1:]:
-        same = first is scale or bool(torch.as_tensor(first == scale).all())
-        if not same:
+def _common_scale(sites: list[dict]) -> Tensor | float:
+    """The scale of all the sites, a number or a packed tensor."""
+    scales = [_packed_scale(msg) for msg in sites]
+    for msg, scale in zip(sites, scales):
+        if not _same_scale(scale, scales[0]):
             raise ModelError(
-                f"sites '{name}' and '{other}' share an enumerated variable but have different scales ({first} and "
-                f"{scale}); expected one scale for all sites that share a sum. Put them in the same plates and "
-                "under the same poutine.scale."
+                f"sites '{sites[0]['name']}' and '{msg['name']}' share an enumerated variable but have different "
+                f"scales ({sites[0]['scale']} and {msg['scale']}); expected one scale for all sites that share a sum. "
+                "Put them in the same plates and under the same poutine.scale."
             )
-    return 1.0 if is_identically_one(first) else first
+    return scales[0]
+
+
+def _packed_scale(msg: dict) -> Tensor | float:
+    scale = msg["scale"]
+    return pack(scale, msg["infer"]["_dim_to_symbol"]) if isinstance(scale, Tensor) else scale
+
+
+def _same_scale(a: Tensor | float, b: Tensor | float) -> bool:
+    a, b = torch.as_tensor(a), torch.as_tensor(b)
+    return _packed_dims(a) == _packed_dims(b) and bool((a == b).all())
+
+
+def _packed_dims(tensor: Tensor) -> str:
+    """One symbol for each dim of a packed tensor; a tensor made of a number is as good as packed."""
+    return getattr(tensor, "_pyro_dims", "")

@@ -1,0 +1,381 @@
+"""The target's log density, score and Hessian-vector product against independent answers.
+
+The oracle of most models is the potential that Pyro's NUTS runs on, with its gradient by autograd. It refuses
+subsampling, and puts a scale inside the sum over an enumerated variable, so those have densities written by hand.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from functools import cache
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
+from pyro.infer.mcmc.util import initialize_model
+from torch.distributions import biject_to
+from zoo import ZOO
+
+from pyro_sivism.layout import LatentLayout
+from pyro_sivism.target import Target
+
+pytestmark = [
+    pytest.mark.usefixtures("float64"),
+    # torch's Wishart sampler warns at every draw of a regular matrix.
+    pytest.mark.filterwarnings("ignore:Singular sample detected:UserWarning"),
+]
+
+PATHS = ("loop", "vmap", "plate")
+PAIRS = [pytest.param(a, path, id=f"{a.name}-{path}") for a in ZOO for path in ("loop", *a.paths)]
+
+
+def make_target(model, *args, **kwargs):
+    with torch.random.fork_rng():
+        trace = poutine.trace(InitMessenger(init_to_median)(model)).get_trace(*args, **kwargs)
+    return Target(model, LatentLayout.from_trace(trace), trace, args, kwargs)
+
+
+def along(target, path, x):
+    """Log density and score along one path, chosen or not."""
+    return target._evaluate_along(path, x, with_score=True)
+
+
+@cache
+def prepared(animal):
+    """The animal's target, four points, and the oracle's log density and score there."""
+    model, args, kwargs = animal.make()
+    target = make_target(model, *args, **kwargs)
+    layout = target.layout
+    transforms = {site.name: site.transform.inv for site in layout.sites} if animal.own_bijection else None
+    start = dict.fromkeys(layout.names)  # spares the search for initial values
+    _, potential, _, _ = initialize_model(model, args, kwargs, transforms=transforms, initial_params=start)
+    generator = torch.Generator().manual_seed(20230810)
+    x = torch.randn(4, layout.dim, generator=generator)
+    log_densities, scores = [], []
+    for row in x:
+        point = row.clone().requires_grad_()
+        log_density = -potential({site.name: value for site, value in layout.split(point)})
+        log_densities.append(log_density.detach())
+        scores.append(torch.autograd.grad(log_density, point)[0])
+    return target, x, torch.stack(log_densities), torch.stack(scores)
+
+
+@pytest.mark.parametrize(("animal", "path"), PAIRS)
+def test_log_density_and_score_are_those_of_nuts(animal, path):
+    target, x, log_density, score = prepared(animal)
+    got_log_density, got_score = along(target, path, x)
+    torch.testing.assert_close(got_log_density, log_density, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(got_score, score, rtol=1e-9, atol=1e-9)
+    # One point alone, and the log density without the score, take other branches.
+    torch.testing.assert_close(along(target, path, x[:1])[1], score[:1], rtol=1e-9, atol=1e-9)
+    alone, _ = target._evaluate_along(path, x, with_score=False)
+    torch.testing.assert_close(alone, log_density, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("animal", "path"), PAIRS)
+def test_hessian_vector_product_is_the_score_s_finite_difference(animal, path):
+    target, x, _, score = prepared(animal)
+    v = torch.cos(torch.arange(1.0, x.numel() + 1)).reshape(x.shape)
+    point = x.clone().requires_grad_()
+    log_density, differentiable_score = along(target, path, point)
+    (hvp,) = torch.autograd.grad((differentiable_score * v).sum(), point, retain_graph=True, materialize_grads=True)
+    # Central differences: error h^2 |third derivative| + eps |score| / h, about 1e-9 at this step.
+    h = 1e-5
+    difference = (along(target, path, x + h * v)[1] - along(target, path, x - h * v)[1]) / (2 * h)
+    size = 1.0 + difference.abs().max().item() + score.abs().max().item()
+    torch.testing.assert_close(hvp, difference, rtol=0.0, atol=1e-7 * size)
+    # The log density stays differentiable as well, as the objectives that need it assume.
+    (gradient,) = torch.autograd.grad(log_density.sum(), point)
+    torch.testing.assert_close(gradient, score, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("animal", ZOO, ids=str)
+def test_the_first_right_path_is_chosen(animal):
+    target, x, _, score = prepared(animal)
+    assert target.path.name == (*animal.paths, "loop")[0], target.path
+    torch.testing.assert_close(target.score(x), score, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("animal", [a for a in ZOO if len(a.paths) < 2], ids=str)
+def test_paths_that_cannot_run_a_model_are_refused_with_a_reason(animal):
+    target, *_ = prepared(animal)
+    model, args, kwargs = animal.make()
+    for path in {"vmap", "plate"} - set(animal.paths):
+        trace = poutine.trace(InitMessenger(init_to_median)(model)).get_trace(*args, **kwargs)
+        refused = Target(model, target.layout, trace, args, kwargs, paths=(path,)).path
+        assert refused.name == "loop"
+        assert refused.reason.startswith(f"{path}: ")
+
+
+def test_the_zoo_is_large_enough():
+    assert len(ZOO) >= 25
+    assert len({a.name for a in ZOO}) == len(ZOO)
+
+
+# --- minibatches --------------------------------------------------------------------------------------
+
+N, M = 5, 2
+Y = torch.tensor([0.3, -1.2, 0.8, 2.0, -0.4], dtype=torch.float64)
+
+
+def local_latents(y):
+    """A global and a local latent; densities by hand below."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+    with pyro.plate("data", N, subsample_size=M) as i:
+        s = pyro.sample("s", dist.LogNormal(mu, 0.5))
+        pyro.sample("y", dist.Normal(mu, s), obs=y[i])
+
+
+def local_latents_by_hand(x, y, indices):
+    mu, u = x[0], x[1:]
+    local = dist.Normal(mu, 0.5).log_prob(u) - u + dist.Normal(mu, u.exp()).log_prob(y)  # LogNormal: -u is its Jacobian
+    scaled = N / len(indices) * local[list(indices)].sum()
+    return dist.Normal(0.0, 2.0).log_prob(mu) + scaled + u.sum()  # + u: the map from u to s, for every s held
+
+
+def with_grad(fn, x):
+    point = x.clone().requires_grad_()
+    value = fn(point)
+    return value.detach(), torch.autograd.grad(value, point)[0]
+
+
+def assert_rows_match(got, fn, x):
+    want = [with_grad(fn, row) for row in x]
+    torch.testing.assert_close(got[0], torch.stack([w[0] for w in want]), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(got[1], torch.stack([w[1] for w in want]), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_minibatch_scales_and_indexes_full_size_latents(path):
+    target = make_target(local_latents, Y)
+    assert target.is_subsampled
+    assert target.layout["s"].shape == (N,)
+    x = torch.randn(3, target.dim)
+    for indices in itertools.combinations(range(N), M):
+        target.minibatch = {"data": torch.tensor(indices)}
+        assert_rows_match(along(target, path, x), lambda p, i=indices: local_latents_by_hand(p, Y, i), x)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_minibatch_scores_average_to_the_full_score(path):
+    def observed_only(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+        sd = pyro.sample("sd", dist.HalfNormal(1.0))
+        with pyro.plate("data", N, subsample_size=M) as i:
+            pyro.sample("y", dist.Normal(mu, sd), obs=y[i])
+
+    def observed_only_by_hand(x):
+        mu, sd = x[0], x[1].exp()
+        prior = dist.Normal(0.0, 2.0).log_prob(mu) + dist.HalfNormal(1.0).log_prob(sd)
+        return prior + dist.Normal(mu, sd).log_prob(Y).sum() + x[1]
+
+    def local_latents_in_full(x):
+        return local_latents_by_hand(x, Y, range(N))
+
+    for model, full_density in ((observed_only, observed_only_by_hand), (local_latents, local_latents_in_full)):
+        target = make_target(model, Y)
+        x = torch.randn(3, target.dim)
+        subsets = [torch.tensor(i) for i in itertools.combinations(range(N), M)]
+        log_density, score = torch.zeros(3), torch.zeros_like(x)
+        for subset in subsets:
+            target.minibatch = {"data": subset}
+            one = along(target, path, x)
+            log_density, score = log_density + one[0] / len(subsets), score + one[1] / len(subsets)
+        target.minibatch = {"data": torch.arange(N)[:M]}
+        assert_rows_match((log_density, score), full_density, x)
+
+
+def test_minibatches_are_drawn_uniformly_and_held_until_the_next_call():
+    target = make_target(local_latents, Y)
+    x = torch.randn(2, target.dim)
+    assert torch.equal(target.score(x), target.score(x))
+    seen = set()
+    # Each of the 10 subsets is missed in 120 draws with probability 0.9^120 = 3e-6.
+    for _ in range(120):
+        target.resample_minibatch()
+        seen.add(frozenset(target.minibatch["data"].tolist()))
+    assert seen == set(map(frozenset, itertools.combinations(range(N), M)))
+
+
+@pytest.mark.parametrize("indices", [torch.tensor([3, 1]), [3, 1]], ids=["tensor", "list"])
+@pytest.mark.parametrize("path", PATHS)
+def test_explicit_indices_are_used_as_given(path, indices):
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+        with pyro.plate("data", N, subsample=indices):
+            s = pyro.sample("s", dist.LogNormal(mu, 0.5))
+            pyro.sample("y", dist.Normal(mu, s), obs=y[indices])
+
+    target = make_target(model, Y)
+    assert target.layout["s"].shape == (N,)
+    assert not target.is_subsampled
+    x = torch.randn(3, target.dim)
+    assert_rows_match(along(target, path, x), lambda p: local_latents_by_hand(p, Y, (3, 1)), x)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_nested_subsampled_plates(path):
+    y = torch.linspace(-1.0, 2.0, 12).reshape(3, 4)
+
+    def model():
+        with pyro.plate("rows", 3, subsample_size=2, dim=-2) as i:
+            a = pyro.sample("a", dist.Normal(0.0, 1.0))
+            with pyro.plate("cols", 4, subsample_size=3, dim=-1) as j:
+                w = pyro.sample("w", dist.Dirichlet(torch.ones(2)))
+                pyro.sample("y", dist.Normal(a + w[..., 0], 1.0), obs=y[i][:, j])
+
+    def by_hand(x, i, j):
+        a, u = x[:3].reshape(3, 1), x[3:].reshape(3, 4, 1)
+        simplex = biject_to(dist.constraints.simplex)
+        w = simplex(u)
+        log_a = dist.Normal(0.0, 1.0).log_prob(a)[i].sum() * 3 / 2
+        local = dist.Dirichlet(torch.ones(2)).log_prob(w) + dist.Normal(a + w[..., 0], 1.0).log_prob(y)
+        jacobian = simplex.log_abs_det_jacobian(u, w).sum()
+        return log_a + local[i][:, j].sum() * (3 / 2) * (4 / 3) + jacobian
+
+    target = make_target(model)
+    assert target.layout["a"].shape == (3, 1)
+    assert target.layout["w"].shape == (3, 4, 2)
+    assert target.layout["w"].dims == ("rows", "cols", "w_dim_2")
+    target.minibatch = {"rows": torch.tensor([2, 0]), "cols": torch.tensor([1, 3, 0])}
+    x = torch.randn(3, target.dim)
+    assert_rows_match(along(target, path, x), lambda p: by_hand(p, [2, 0], [1, 3, 0]), x)
+
+
+# --- enumeration with scales and masks ----------------------------------------------------------------
+
+
+def log_mixture(loc, y):
+    """``log (0.3 Normal(y | -loc, 1) + 0.7 Normal(y | loc, 1))`` for each y."""
+    weights = torch.tensor([0.3, 0.7]).log()
+    return (
+        torch.stack([dist.Normal(sign * loc, 1.0).log_prob(y) for sign in (-1.0, 1.0)], -1).add(weights).logsumexp(-1)
+    )
+
+
+def mixture(y, plate):
+    loc = pyro.sample("loc", dist.Normal(1.0, 1.0))
+    with plate() as i:
+        k = pyro.sample("k", dist.Categorical(torch.tensor([0.3, 0.7])))
+        pyro.sample("y", dist.Normal((2.0 * k - 1.0) * loc, 1.0), obs=y[i])
+
+
+@pytest.mark.parametrize("path", ["loop", "vmap"])
+def test_the_scale_of_a_minibatch_is_outside_the_sum_over_an_enumerated_site(path):
+    target = make_target(mixture, Y, lambda: pyro.plate("data", N, subsample_size=M))
+    target.minibatch = {"data": torch.tensor([4, 1])}
+    x = torch.randn(3, 1)
+
+    def by_hand(p):
+        return dist.Normal(1.0, 1.0).log_prob(p[0]) + N / M * log_mixture(p[0], Y[[4, 1]]).sum()
+
+    assert_rows_match(along(target, path, x), by_hand, x)
+
+
+@pytest.mark.parametrize("path", ["loop", "vmap"])
+def test_a_scale_for_each_row_weights_the_marginal_of_each_row(path):
+    weights = torch.tensor([1.0, 0.1, 2.0, 0.5, 3.0])
+
+    def model(y):
+        loc = pyro.sample("loc", dist.Normal(1.0, 1.0))
+        with pyro.plate("data", N), poutine.scale(scale=weights):
+            k = pyro.sample("k", dist.Categorical(torch.tensor([0.3, 0.7])))
+            pyro.sample("y", dist.Normal((2.0 * k - 1.0) * loc, 1.0), obs=y)
+
+    target = make_target(model, Y)
+    x = torch.randn(3, 1)
+
+    def by_hand(p):
+        return dist.Normal(1.0, 1.0).log_prob(p[0]) + (weights * log_mixture(p[0], Y)).sum()
+
+    assert_rows_match(along(target, path, x), by_hand, x)
+
+
+@pytest.mark.parametrize("path", ["loop", "vmap"])
+def test_separate_sums_may_have_separate_scales(path):
+    def model(y):
+        mixture(y, lambda: pyro.plate("data", N))
+        loc = pyro.sample("other_loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("other", N, subsample_size=M) as i:
+            k = pyro.sample("other_k", dist.Categorical(torch.tensor([0.3, 0.7])))
+            pyro.sample("other_y", dist.Normal((2.0 * k - 1.0) * loc, 1.0), obs=y[i])
+
+    target = make_target(model, Y)
+    target.minibatch = {"other": torch.tensor([0, 3])}
+    x = torch.randn(3, 2)
+
+    def by_hand(p):
+        first = dist.Normal(1.0, 1.0).log_prob(p[0]) + log_mixture(p[0], Y).sum()
+        return first + dist.Normal(0.0, 1.0).log_prob(p[1]) + N / M * log_mixture(p[1], Y[[0, 3]]).sum()
+
+    assert_rows_match(along(target, path, x), by_hand, x)
+
+
+@pytest.mark.parametrize("path", ["loop", "vmap"])
+def test_a_mask_is_inside_the_sum_over_an_enumerated_site(path):
+    mask = torch.tensor([True, False, True, True, False])
+
+    def model(y):
+        loc = pyro.sample("loc", dist.Normal(1.0, 1.0))
+        with pyro.plate("data", N):
+            k = pyro.sample("k", dist.Categorical(torch.tensor([0.3, 0.7])))
+            with poutine.mask(mask=mask):
+                pyro.sample("y", dist.Normal((2.0 * k - 1.0) * loc, 1.0), obs=y)
+
+    target = make_target(model, Y)
+    x = torch.randn(3, 1)
+
+    def by_hand(p):
+        return dist.Normal(1.0, 1.0).log_prob(p[0]) + log_mixture(p[0], Y[mask]).sum()
+
+    assert_rows_match(along(target, path, x), by_hand, x)
+
+
+# --- learnable parameters -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_gradients_reach_constrained_params_and_module_weights(path):
+    linear = torch.nn.Linear(1, 1).double()
+
+    def model(y):
+        pyro.module("linear", linear)
+        sd = pyro.param("sd", torch.tensor(0.7), constraint=dist.constraints.positive)
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", N):
+            pyro.sample("y", dist.Normal(mu + linear(y[:, None])[:, 0], sd), obs=y)
+
+    target = make_target(model, Y)
+    params = target.params()
+    assert set(params) == {"sd", "linear$$$weight", "linear$$$bias"}
+    x = torch.randn(3, 1)
+    log_density, _ = target._evaluate_along(path, x, with_score=False)
+    got = torch.autograd.grad(log_density.sum(), list(params.values()))
+
+    log_sd = torch.tensor(math.log(0.7), requires_grad=True)
+    mean = x + linear(Y[:, None])[:, 0]
+    want = dist.Normal(0.0, 1.0).log_prob(x).sum() + dist.Normal(mean, log_sd.exp()).log_prob(Y).sum()
+    by_name = dict(zip(("sd", "linear$$$weight", "linear$$$bias"), (log_sd, linear.weight, linear.bias)))
+    for name, gradient in zip(params, got):
+        torch.testing.assert_close(gradient, torch.autograd.grad(want, by_name[name], retain_graph=True)[0])
+
+
+def test_dtypes_are_the_layout_s_inside_and_the_caller_s_outside():
+    def model():
+        pyro.sample("a", dist.Normal(torch.tensor(0.0, dtype=torch.float32), torch.tensor(1.0, dtype=torch.float32)))
+
+    target = make_target(model)
+    assert target.layout.dtype is torch.float32
+    log_density, score = target.log_density_and_score(torch.ones(2, 1, dtype=torch.float64))
+    assert log_density.dtype is score.dtype is torch.float64
+
+
+def test_the_number_of_evaluations_counts_points():
+    target = make_target(local_latents, Y)
+    target.score(torch.zeros(7, target.dim))
+    target.log_density(torch.zeros(2, target.dim))
+    assert target.num_evaluations == 9
