@@ -18,6 +18,7 @@ from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Size, Tensor
+from torch.distributions import register_kl
 
 from pyro_sivism.errors import ArgumentError, NotSetUpError
 from pyro_sivism.family import AffineMap, Conditional, DiagonalNormal, LogDensityEstimate, SemiImplicit
@@ -40,6 +41,9 @@ class SemiImplicitGuide(AutoContinuous):
     ``_SemiImplicitGuide_latent`` is an upper bound in expectation (the draw's own z among ``num_mixing`` draws),
     so that an ELBO computed with this guide is a lower bound on the evidence, never above it. Training with
     ``SVI`` and ``Trace_ELBO`` is the surrogate bound of Yin and Zhou (ICML 2018).
+
+    ``loc`` and ``scale_tril`` are buffers, which Pyro's param store does not hold: keep a trained guide by
+    ``torch.save`` or its ``state_dict``, not by saving the store.
 
     Discrete latents with finitely many values are left to the model: :class:`~pyro_sivism.SIVISM` sums over them.
 
@@ -65,6 +69,11 @@ class SemiImplicitGuide(AutoContinuous):
         >>> guide()["rate"] > 0
         tensor(True)
     """
+
+    # Set by Pyro's base classes.
+    _pyro_name: str
+    _model: tuple[Callable] | None
+    master: Any
 
     def __init__(
         self,
@@ -125,6 +134,8 @@ class SemiImplicitGuide(AutoContinuous):
             EmptyModelError: the model has no continuous latents.
         """
         if not self.is_set_up:
+            if self.master is not None and self.master().prototype_trace is None:
+                self.master()._setup_prototype(*args, **kwargs)  # a guide list checks its parts against its own
             self._setup_prototype(*args, **kwargs)
         return self
 
@@ -204,7 +215,8 @@ class SemiImplicitGuide(AutoContinuous):
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> SemiImplicitPosterior:
         """The distribution of the unconstrained latents."""
-        return SemiImplicitPosterior(self.family, self.affine, self.num_mixing)
+        affine = self.affine  # raises before set-up
+        return SemiImplicitPosterior(self.family, affine, self.num_mixing)
 
     def get_base_dist(self) -> TorchDistribution:
         raise NotImplementedError("a semi-implicit posterior is no transformed base distribution; see get_posterior()")
@@ -231,7 +243,7 @@ class SemiImplicitGuide(AutoContinuous):
                 value = pyro.subsample(value, event_dim=site.event_dim)
                 if isinstance(log_density, Tensor):
                     log_density = pyro.subsample(log_density, event_dim=0)
-                delta = dist.Delta(value, log_density=log_density, event_dim=site.event_dim)
+                delta = _Transformed(value, log_density=log_density, event_dim=site.event_dim)
                 result[site.name] = pyro.sample(site.name, delta)
         return result
 
@@ -275,19 +287,38 @@ class SemiImplicitGuide(AutoContinuous):
             count += 1
             self._pyro_name = f"{base}_{count}"
 
+    @property
+    def model(self) -> Callable:
+        """The model, under the handlers that set its latents to their initial values.
+
+        Raises:
+            NotSetUpError: the guide was unpickled, and models are not pickled.
+        """
+        if self._model is None:
+            raise NotSetUpError(
+                "this SemiImplicitGuide was read from a file, which does not hold its model. Call "
+                "guide.attach_model(model) first."
+            )
+        return self._model[0]
+
     def __getstate__(self) -> dict[str, Any]:
         # AutoGuide's __getstate__ drops the model from the live object too; give it back.
         model, master = self._model, self.master
         try:
-            return dict(super().__getstate__())
+            state = dict(super().__getstate__())
         finally:
             self._model, self.master = model, master
+        if self.is_set_up:
+            # Neither is needed any more, and either may be impossible to pickle: the prototype's distributions hold
+            # the model's parameters, with the param store's weak references, and a factory may be a lambda.
+            state["prototype_trace"] = state["_conditional_factory"] = None
+        return state
 
     def __deepcopy__(self, memo: dict) -> SemiImplicitGuide:
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
         clone.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        clone._model = self._model
+        clone._model, clone.prototype_trace = self._model, self.prototype_trace
         return clone
 
     def attach_model(self, model: Callable, init_loc_fn: Callable = init_to_median) -> None:
@@ -331,6 +362,19 @@ class SemiImplicitPosterior(TorchDistribution):
             )
         estimate = self.family.log_prob_estimate(self.affine.inverse(value), self.num_mixing, own_z=self._last[1])
         return estimate.value - self.affine.log_abs_det
+
+
+class _Transformed(dist.Delta):
+    """A site's value as a function of the auxiliary draw, with the density of the change of variables.
+
+    Pyro's divergence of a ``Delta`` from a prior leaves that density out, by which ``TraceMeanField_ELBO`` would
+    report a false ELBO for every site with a constrained support.
+    """
+
+
+@register_kl(_Transformed, dist.Distribution)
+def _kl_of_transformed(p: _Transformed, q: dist.Distribution) -> Tensor:
+    return p.log_density - q.log_prob(p.v)
 
 
 class _CheckSupports(Messenger):

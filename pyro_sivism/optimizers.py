@@ -103,7 +103,7 @@ class _TorchStepper(Stepper):
         super().__init__(params)
         try:
             optimizer = factory(list(self.params.values()))
-        except TypeError as error:
+        except Exception as error:  # whatever a callable that is no optimizer factory may raise
             raise OptimizerError(
                 f"{argument} could not be called with a list of parameters: {error}. Expected a torch optimizer class "
                 "or factory, e.g. functools.partial(torch.optim.Adam, lr=1e-3)."
@@ -112,6 +112,12 @@ class _TorchStepper(Stepper):
             raise OptimizerError(
                 f"{argument} returned a {type(optimizer).__name__}; expected a torch.optim.Optimizer, e.g. from "
                 "functools.partial(torch.optim.Adam, lr=1e-3)."
+            )
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise OptimizerError(
+                f"{argument} is {type(optimizer).__name__}, which evaluates the loss several times a step; expected an "
+                "optimizer that steps from one stochastic gradient, e.g. torch.optim.Adam."
             )
         self._optimizer = optimizer
 
@@ -126,25 +132,56 @@ class _TorchStepper(Stepper):
 
 
 class _PyroStepper(Stepper):
-    """A PyroOptim, as SVI drives it: called with parameters that the param store knows by name."""
+    """A PyroOptim, as SVI drives it: called with parameters that the param store knows by name.
+
+    A PyroOptim asks the store for a parameter's name, to choose per-parameter arguments and to label its state.
+    Parameters the store does not know are put there under their own name, or under the first free ``name_1``,
+    ``name_2``, ... if another fit in the process has it.
+    """
 
     def __init__(self, params: Mapping[str, Tensor], optim: PyroOptim) -> None:
         super().__init__(params)
         self._optim = optim
-        store = pyro.get_param_store()
-        for name, param in self.params.items():
-            if store.param_name(param) is None:
-                store.pop(name, None)
-                pyro.param(name, param)
+        self._names_in_store = {name: _name_in_store(name, param) for name, param in self.params.items()}
 
     def _step(self, lr_factor: float) -> None:
         self._optim([param for param in self.params.values() if param.grad is not None])
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: self._optim.optim_objs[p].state_dict() for name, p in self.params.items()}
+        # get_state() would also hold the parameters of other fits that share the optimizer.
+        state = {}
+        for name, param in self.params.items():
+            if param in self._optim.optim_objs:
+                state[name] = _state_of(self._optim.optim_objs[param])
+            elif self._names_in_store[name] in self._optim._state_waiting_to_be_consumed:
+                state[name] = self._optim._state_waiting_to_be_consumed[self._names_in_store[name]]
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._optim.set_state(state)
+        self._optim.set_state({self._names_in_store[name]: value for name, value in state.items()})
+
+
+def _name_in_store(name: str, param: Tensor) -> str:
+    """The param store's name of a parameter, which is put there under a free name if it is not yet."""
+    store = pyro.get_param_store()
+    known = store.param_name(param)
+    if known is not None:
+        return known
+    free, count = name, 0
+    while free in store:
+        count += 1
+        free = f"{name}_{count}"
+    pyro.param(free, param)
+    # The store's weak reference from the value to the unconstrained tensor, here the same, cannot be pickled.
+    param.__dict__.pop("unconstrained", None)
+    return free
+
+
+def _state_of(optimizer: Any) -> dict[str, Any]:
+    """The state of a torch optimizer or scheduler, in the form that ``PyroOptim.set_state`` takes."""
+    if hasattr(optimizer, "optimizer"):
+        return {"scheduler": optimizer.state_dict(), "optimizer": optimizer.optimizer.state_dict()}
+    return optimizer.state_dict()
 
 
 def make_stepper(
@@ -163,13 +200,6 @@ def make_stepper(
         return _AdamStepper(params, lr, betas, slow_params, slow_factor)
     if isinstance(optim, PyroOptim):
         return _PyroStepper(params, optim)
-    if inspect.isclass(optim) and issubclass(optim, torch.optim.Optimizer):
-        needs_lr = inspect.signature(optim).parameters["lr"].default is inspect.Parameter.empty
-        if needs_lr:
-            raise OptimizerError(
-                f"{argument} is {optim.__name__}, which has no default learning rate; pass "
-                f"functools.partial(torch.optim.{optim.__name__}, lr=...)."
-            )
     return _TorchStepper(params, optim, argument)
 
 
