@@ -94,10 +94,12 @@ class SemiImplicit(nn.Module):
         """
         if num_mixing < 1:
             raise ArgumentError(f"expected num_mixing of at least 1, got {num_mixing}")
+        if own_z is not None and num_mixing == 1:
+            return LogDensityEstimate(self.conditional(own_z).log_prob(x), "high", 1)
         num_fresh = num_mixing if own_z is None else num_mixing - 1
-        z = self.sample_mixing((num_fresh, *(1 for _ in x.shape[:-1])))
-        log_prob = self.conditional(z).log_prob(x).logsumexp(0)
-        if own_z is None:
-            return LogDensityEstimate(log_prob - math.log(num_mixing), "low", num_mixing)
-        log_prob = torch.logaddexp(log_prob, self.conditional(own_z).log_prob(x))
-        return LogDensityEstimate(log_prob - math.log(num_mixing), "high", num_mixing)
+        terms = [] if own_z is None else [self.conditional(own_z).log_prob(x)]
+        if num_fresh > 0:
+            z = self.sample_mixing((num_fresh, *(1 for _ in x.shape[:-1])))
+            terms.append(self.conditional(z).log_prob(x).logsumexp(0))
+        value = torch.stack(terms).logsumexp(0) - math.log(num_mixing)
+        return LogDensityEstimate(value, "low" if own_z is None else "high", num_mixing)
