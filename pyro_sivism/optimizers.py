@@ -104,8 +104,9 @@ class _TorchStepper(Stepper):
         try:
             optimizer = factory(list(self.params.values()))
         except Exception as error:  # whatever a callable that is no optimizer factory may raise
+            reason = (str(error).splitlines() or [""])[0][:200]
             raise OptimizerError(
-                f"{argument} could not be called with a list of parameters: {error}. Expected a torch optimizer class "
+                f"{argument} could not be called with a list of parameters: {reason}. Expected a torch optimizer class "
                 "or factory, e.g. functools.partial(torch.optim.Adam, lr=1e-3)."
             ) from error
         if not isinstance(optimizer, torch.optim.Optimizer):

@@ -169,7 +169,7 @@ def test_log_prob_estimate_includes_the_affine_map(float64):
     guide = SemiImplicitGuide(
         model, conditional=lambda dim, mixing_dim, _: DiagonalNormal(dim, mixing_dim, (), scale_depends_on_z=False)
     ).setup()
-    guide.loc, guide.scale_tril = torch.tensor([1.0, -2.0]), torch.tensor([[2.0, 0.0], [1.0, 0.5]])
+    guide.loc, guide.scale_tril = torch.tensor([1.0, -2.0]), torch.tensor([[2.0, 0.0], [1.0, 1.5]])
     x = torch.tensor([[1.5, -1.0], [0.0, -3.0]])
     exact = dist.MultivariateNormal(guide.loc, scale_tril=guide.scale_tril).log_prob(x)
     estimate = guide.log_prob_estimate(x, num_mixing=200_000)
