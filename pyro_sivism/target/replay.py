@@ -38,6 +38,7 @@ from pyro_sivism.layout import LatentLayout, PlateDim
 from pyro_sivism.target.functorch import functorch_ready
 from pyro_sivism.target.handlers import Enumerate
 from pyro_sivism.target.pointwise import is_factor, pointwise_log_likelihood, site_kind
+from pyro_sivism.target.sampling import functional_sampling
 
 __all__ = ["Evaluation", "Replay", "ReplaySite"]
 
@@ -283,7 +284,7 @@ class Replay:
     # --- batches, minibatches and paths -------------------------------------------------------------
 
     def _vmap(self, run_one: Callable, batched: Sequence[Tensors], *rest: Any) -> Keyed:
-        with functorch_ready():
+        with functorch_ready(), functional_sampling():
             return vmap(lambda *one: run_one(*one, *rest), randomness="different")(*batched)
 
     def _loop(self, run_one: Callable, batched: Sequence[Tensors], *rest: Any) -> Keyed:
