@@ -1,0 +1,496 @@
+"""SIVISM in the place of Pyro's SVI: its loop, optimizers, minibatches, parameters, saving and reproducibility."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from dataclasses import replace
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI, Predictive, Trace_ELBO
+from pyro.infer.autoguide import AutoMultivariateNormal
+from pyro.nn import PyroModule, PyroSample
+from torch import nn
+
+from pyro_sivism import SIVISM, FisherDivergence, FixedGaussian, PathGradientKL, SemiImplicitGuide
+from pyro_sivism.errors import NonFiniteError, NonFiniteWarning
+from pyro_sivism.recipe import Recipe
+
+Y = torch.linspace(0.0, 2.0, 20)
+
+
+@pytest.fixture
+def small_recipe(monkeypatch):
+    """Tiny networks and no warm-up, for tests of behaviour and not of accuracy."""
+    for_dim = Recipe.for_dim
+
+    def small(cls, dim):
+        return replace(
+            for_dim(dim),
+            num_particles=16,
+            critic_steps=1,
+            critic_warmup_steps=5,
+            guide_hidden_dims=(8,),
+            critic_hidden_dims=(8,),
+        )
+
+    monkeypatch.setattr(Recipe, "for_dim", classmethod(small))
+
+
+def model(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+
+def quick(model, dim=1, **kwargs):
+    return SIVISM(model, preconditioner=FixedGaussian(torch.zeros(dim), torch.ones(dim)), **kwargs)
+
+
+def state(sivism):
+    """Everything a fit can move, copied."""
+    training, store = sivism._training, pyro.get_param_store()
+    return copy.deepcopy(
+        {
+            "guide": sivism.guide.state_dict(),
+            "live": training.family.state_dict(),
+            "critic": sivism.critic.state_dict(),
+            "training": training.state_dict(),
+            "store": {name: p.detach().clone() for name, p in store.named_parameters()},
+        }
+    )
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+# --- the loop of SVI --------------------------------------------------------------------------------
+
+
+def svi_loop(inference, data, num_steps=3):
+    """A training loop as Pyro's tutorials write it."""
+    losses = []
+    for _ in range(num_steps):
+        loss = inference.step(data)
+        losses.append(loss / len(data))
+    return losses
+
+
+@pytest.mark.usefixtures("small_recipe")
+def test_svi_loop_runs_with_only_the_class_changed():
+    optim = pyro.optim.Adam({"lr": 1e-2})
+    for inference in (
+        SVI(model, SemiImplicitGuide(model), optim, loss=Trace_ELBO()),
+        SIVISM(model, SemiImplicitGuide(model), optim),
+    ):
+        losses = svi_loop(inference, Y)
+        assert all(type(loss) is float and math.isfinite(loss) for loss in losses)
+        assert math.isfinite(inference.evaluate_loss(Y))
+
+
+@pytest.mark.usefixtures("small_recipe")
+@pytest.mark.parametrize(
+    "make_optim",
+    [
+        lambda: None,
+        lambda: pyro.optim.ClippedAdam({"lr": 1e-2}),
+        lambda: pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 1e-2}, "gamma": 0.9}),
+        lambda: pyro.optim.Adam(lambda name: {"lr": 1e-2}, {"clip_norm": 1.0}),
+        lambda: torch.optim.Adam,
+        lambda: functools.partial(torch.optim.SGD, lr=1e-4),
+        lambda: lambda params: torch.optim.Adam(params, lr=1e-2),
+    ],
+    ids=["default", "ClippedAdam", "scheduler", "per_parameter", "class", "partial", "lambda"],
+)
+def test_every_optimizer_resumes_from_a_file(make_optim, tmp_path):
+    sivism = quick(model, optim=make_optim(), critic_optim=make_optim())
+    start = copy.deepcopy(sivism.setup(Y).guide.family.state_dict())
+    for _ in range(3):
+        sivism.step(Y)
+    assert not same(start, sivism.guide.family.state_dict())
+    sivism.save(tmp_path / "fit")
+    resumed = SIVISM.load(tmp_path / "fit", model, optim=make_optim(), critic_optim=make_optim())
+    resumed.setup(Y)
+    pyro.set_rng_seed(1)
+    want = [sivism.step(Y) for _ in range(3)]
+    pyro.set_rng_seed(1)
+    got = [resumed.step(Y) for _ in range(3)]
+    assert got == want
+    assert same(resumed.guide.state_dict(), sivism.guide.state_dict())
+    assert resumed.num_steps_taken == 6
+
+
+@pytest.mark.usefixtures("small_recipe")
+@pytest.mark.parametrize("optim", [None, pyro.optim.Adam({"lr": 1e-2})], ids=["default", "pyro"])
+def test_evaluate_loss_changes_nothing(optim):
+    sivism = quick(learnable, 4, optim=optim)
+    sivism.step(GROUPS)
+    before = state(sivism)
+    losses = {sivism.evaluate_loss(GROUPS) for _ in range(3)}
+    assert len(losses) == 3  # fresh draws
+    assert same(before, state(sivism))
+    assert sivism.num_steps_taken == 1
+
+
+@pytest.mark.usefixtures("small_recipe")
+def test_same_seed_same_draws():
+    def fit():
+        pyro.clear_param_store()
+        pyro.set_rng_seed(7)
+        sivism = SIVISM(model)
+        sivism.run(5, Y, progress_bar=False)
+        return sivism.sample(10)["mu"]
+
+    first, second = fit(), fit()
+    assert torch.equal(first, second)
+
+
+# --- run --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("small_recipe")
+def test_run_reports_every_step(capsys):
+    sivism = quick(model)
+    seen = []
+    fit = sivism.run(4, Y, progress_bar=False, callbacks=[lambda s, info: seen.append(info)])
+    assert [info.step for info in seen] == [1, 2, 3, 4]
+    assert fit.losses.tolist() == [pytest.approx(info.loss) for info in seen]
+    assert fit.num_steps == sivism.num_steps_taken == 4
+    assert not fit.interrupted
+    again = sivism.run(2, Y, progress_bar=False)
+    assert (again.num_steps, sivism.num_steps_taken) == (2, 6)
+    assert capsys.readouterr() == ("", "")
+    sivism.run(1, Y)
+    assert "SIVISM" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("small_recipe")
+def test_callbacks_and_ctrl_c_end_the_run_and_keep_the_fit():
+    sivism = quick(model)
+
+    def interrupt(sivism, info):
+        if info.step == 3:
+            raise KeyboardInterrupt
+
+    fit = sivism.run(100, Y, progress_bar=False, callbacks=[interrupt])
+    assert (fit.num_steps, fit.interrupted, len(fit.losses)) == (3, True, 3)
+    fit = sivism.run(100, Y, progress_bar=False, callbacks=[lambda s, info: info.step >= 5, lambda s, info: None])
+    assert (fit.num_steps, fit.interrupted) == (2, True)
+    assert sivism.sample(5)["mu"].shape == (5,)
+    assert math.isfinite(sivism.step(Y))
+
+
+@pytest.mark.usefixtures("small_recipe")
+def test_run_of_no_steps_only_sets_up():
+    sivism = quick(model)
+    fit = sivism.run(0, Y, progress_bar=False)
+    assert (fit.num_steps, fit.losses.shape, fit.interrupted) == (0, (0,), False)
+    assert sivism.sample(3)["mu"].shape == (3,)
+
+
+# --- data -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("small_recipe")
+def test_a_loaders_minibatches_are_used_as_they_come():
+    """New tensors at each step, a last batch that is smaller, and tensors changed in place."""
+    seen = []
+
+    def minibatch_model(y):
+        seen.append(y.clone())
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 10, subsample=torch.arange(len(y))):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    sivism = quick(minibatch_model)
+    loader = torch.utils.data.DataLoader(torch.arange(10.0), batch_size=4)
+    for _ in range(2):
+        for batch in loader:
+            sivism.step(batch)
+            assert torch.equal(seen[-1], batch)
+            score = sivism.target.score(torch.zeros(1, 1))
+            assert score.item() == pytest.approx(10 / len(batch) * batch.sum().item(), rel=1e-5)
+    batch.fill_(3.0)
+    sivism.step(batch)
+    assert sivism.target.score(torch.zeros(1, 1)).item() == pytest.approx(10 * 3.0)
+
+
+@pytest.mark.usefixtures("small_recipe")
+def test_plain_python_arguments_follow_the_call():
+    def annealed(y, *, beta):
+        with poutine.scale(scale=beta):
+            model(torch.as_tensor(y))
+
+    sivism = quick(annealed)
+    for beta in (0.5, 1.0):
+        sivism.step([1.0, 3.0], beta=beta)
+        assert sivism.target.score(torch.zeros(1, 1)).item() == pytest.approx(beta * 4.0)
+
+
+@pytest.mark.usefixtures("small_recipe")
+def test_subsampling_draws_a_new_minibatch_each_step():
+    def subsampling(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y), subsample_size=2) as index:
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y[index])
+
+    sivism = quick(subsampling)
+    batches = []
+    for _ in range(10):
+        sivism.step(Y)
+        batches.append(tuple(sivism.target.minibatch["data"].tolist()))
+    assert len(set(batches)) > 5
+
+
+@pytest.mark.usefixtures("small_recipe")
+def test_predictive_takes_the_fitted_guide():
+    def regression(x, y=None):
+        slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            return pyro.sample("y", dist.Normal(slope * x, 1.0), obs=y)
+
+    x = torch.linspace(-1, 1, 6)
+    sivism = SIVISM(regression)
+    sivism.run(2, x, x, progress_bar=False)
+    for parallel in (False, True):
+        draws = Predictive(regression, guide=sivism.guide, num_samples=9, parallel=parallel)(torch.zeros(6))
+        assert draws["y"].shape == (9, 6)
+
+
+@pytest.mark.usefixtures("small_recipe")
+def test_enumerated_mixture():
+    def mixture(y):
+        weight = pyro.sample("weight", dist.Beta(2.0, 2.0))
+        locs = pyro.sample("locs", dist.Normal(torch.tensor([-2.0, 2.0]), 0.5).to_event(1))
+        with pyro.plate("data", len(y)):
+            k = pyro.sample("k", dist.Bernoulli(weight), infer={"enumerate": "parallel"}).long()
+            pyro.sample("y", dist.Normal(locs[k], 1.0), obs=y)
+
+    sivism = SIVISM(mixture)
+    sivism.run(3, torch.tensor([-2.0, -1.5, 2.0, 2.2]), progress_bar=False)
+    assert {name: draws.shape for name, draws in sivism.sample(5).items()} == {"weight": (5,), "locs": (5, 2)}
+
+
+@pytest.mark.usefixtures("small_recipe")
+def test_float64(float64):
+    sivism = SIVISM(model)
+    sivism.run(2, Y.double(), progress_bar=False)
+    assert sivism.sample(2)["mu"].dtype == torch.float64
+    assert {p.dtype for p in sivism.critic.parameters()} == {torch.float64}
+
+
+# --- several fits -----------------------------------------------------------------------------------
+
+
+def other_model():
+    pyro.sample("other", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+
+
+@pytest.mark.usefixtures("small_recipe")
+def test_two_fits_in_one_process_share_no_parameters():
+    optim = pyro.optim.Adam({"lr": 1e-2})
+    first, second = quick(model, optim=optim), quick(other_model, 3, optim=optim)
+    first.step(Y), second.step()
+    untouched = copy.deepcopy(second.guide.state_dict())
+    first.step(Y)
+    assert same(untouched, second.guide.state_dict())
+    second.step()
+    assert not same(untouched, second.guide.state_dict())
+    assert None not in optim.get_state()
+    first.guide(Y), second.guide()
+    assert first.sample(2).keys() == {"mu"}
+    assert second.sample(2).keys() == {"other"}
+
+
+@pytest.mark.usefixtures("small_recipe")
+def test_a_fitted_guide_can_be_trained_on():
+    first = quick(model)
+    first.run(3, Y, progress_bar=False)
+    affine, family = first.guide.affine, copy.deepcopy(first.guide.family.state_dict())
+    second = SIVISM(model, first.guide)
+    second.setup(Y)
+    assert torch.equal(second.guide.affine.loc, affine.loc)
+    assert same(second.guide.family.state_dict(), family)
+    assert same(second._training.family.state_dict(), family)
+    second.step(Y)
+    assert not same(second.guide.family.state_dict(), family)
+
+
+# --- the model's own parameters ---------------------------------------------------------------------
+
+GROUPS = torch.tensor([-3.0, -1.0, 2.0, 6.0])
+
+
+def learnable(y):
+    loc = pyro.param("loc", torch.tensor(-1.0))
+    scale = pyro.param("scale", torch.tensor(2.0), constraint=dist.constraints.positive)
+    with pyro.plate("groups", len(y)):
+        theta = pyro.sample("theta", dist.Normal(loc, scale))
+        pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
+
+
+def test_variational_em_finds_the_marginal_maximum(small_recipe):
+    """Marginally y ~ N(loc, scale^2 + 1): the maximum is at the mean, and at the variance less 1.
+
+    The tolerance is a tenth of the maximum likelihood estimate's own standard error.
+    """
+    variance = GROUPS.var(correction=0)
+    want_loc, want_scale = GROUPS.mean(), (variance - 1).sqrt()
+    optim = pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 3e-2}, "gamma": 0.993})
+    sivism = SIVISM(learnable, optim=optim, num_particles=32)
+    for _ in range(600):
+        sivism.step(GROUPS)
+        optim.step()
+    assert abs(pyro.param("loc") - want_loc) < 0.1 * (variance / 4).sqrt()
+    assert abs(pyro.param("scale") - want_scale) < 0.1 * variance * math.sqrt(2 / 4) / (2 * want_scale)
+
+
+@pytest.mark.usefixtures("small_recipe")
+@pytest.mark.parametrize("optim", [None, pyro.optim.Adam({"lr": 1e-2})], ids=["default", "pyro"])
+def test_model_parameters_are_saved_and_put_back_into_an_empty_store(tmp_path, optim):
+    sivism = SIVISM(learnable, optim=optim)
+    sivism.run(3, GROUPS, progress_bar=False)
+    sivism.save(tmp_path / "fit")
+    learned = {name: pyro.param(name).item() for name in ("loc", "scale")}
+    pyro.set_rng_seed(1)
+    want = [sivism.step(GROUPS) for _ in range(3)]
+    after = {name: pyro.param(name).item() for name in ("loc", "scale")}
+
+    pyro.clear_param_store()
+    resumed = SIVISM.load(tmp_path / "fit", learnable, optim=copy.copy(optim))
+    resumed.setup(GROUPS)
+    assert {name: pyro.param(name).item() for name in learned} == learned != {"loc": -1.0, "scale": 2.0}
+    pyro.set_rng_seed(1)
+    assert [resumed.step(GROUPS) for _ in range(3)] == want
+    assert {name: pyro.param(name).item() for name in learned} == after
+
+
+class Regression(PyroModule):
+    """A latent weight, and a network and an offset that are parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = PyroModule[nn.Linear](2, 1)
+        self.linear.weight = PyroSample(dist.Normal(0.0, 1.0).expand([1, 2]).to_event(2))
+        self.offset = nn.Parameter(torch.tensor(0.5))
+        self.net = nn.Linear(2, 1)
+
+    def forward(self, x, y=None):
+        mean = (self.linear(x) + self.net(x))[..., 0] + self.offset
+        with pyro.plate("data", len(x)):
+            return pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+
+@pytest.mark.usefixtures("small_recipe")
+def test_pyro_module_with_samples_and_parameters():
+    module = Regression()
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    assert set(before) == {"linear.bias", "offset", "net.weight", "net.bias"}
+    sivism = SIVISM(module)
+    sivism.run(3, torch.randn(8, 2), y=torch.randn(8), progress_bar=False)
+    assert sivism.sample(4)["linear.weight"].shape == (4, 1, 2)
+    for name, parameter in module.named_parameters():
+        assert not torch.equal(parameter, before[name]), name
+
+
+@pytest.mark.usefixtures("small_recipe")
+def test_registered_torch_module_is_trained():
+    net = nn.Linear(1, 1)
+
+    def registered(x, y):
+        pyro.module("net", net)
+        noise = pyro.sample("noise", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(net(x[:, None])[:, 0], noise), obs=y)
+
+    before = copy.deepcopy(list(net.parameters()))
+    SIVISM(registered).run(3, Y, 2 * Y, progress_bar=False)
+    assert all(not torch.equal(a, b) for a, b in zip(before, net.parameters()))
+
+
+# --- what is not finite -----------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("small_recipe")
+def test_nonfinite_particles_are_warned_about_once_and_counted():
+    def cut_off():
+        x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.factor("cut", torch.where(x[0] > 0.8, torch.nan, 0.0) * x[0])
+
+    sivism = quick(cut_off, 2)
+    with pytest.warns(NonFiniteWarning, match="not finite at") as warned:
+        fit = sivism.run(5, progress_bar=False)
+    assert len(warned) == 1
+    assert fit.num_nonfinite > 5
+    assert sivism.sample_unconstrained(10).isfinite().all()
+
+
+@pytest.mark.usefixtures("small_recipe")
+def test_a_step_where_nothing_is_finite_raises_and_changes_no_guide():
+    def poisoned(factor):
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.factor("poison", factor * x)
+
+    sivism = quick(poisoned)
+    sivism.step(torch.tensor(1.0))
+    before = copy.deepcopy(sivism.guide.state_dict())
+    with pytest.raises(NonFiniteError, match="not finite at any of 16 particles"):
+        sivism.step(torch.tensor(math.nan))
+    assert same(before, sivism.guide.state_dict())
+    assert math.isfinite(sivism.step(torch.tensor(1.0)))
+
+
+# --- is it right? -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", [PathGradientKL, FisherDivergence])
+def test_conjugate_posterior(objective):
+    """mu | y ~ N(sum y / (n + 1), 1 / (n + 1)), with the defaults.
+
+    The fitted Gaussian is exact here, so the test is that training keeps it: the optimizer's noise at the averaged
+    weights is about .03 posterior sds, and 20,000 draws give the sd to .005.
+    """
+    exact = dist.Normal(Y.sum() / 21, 21**-0.5)
+    sivism = SIVISM(model, loss=objective())
+    sivism.run(100, Y, progress_bar=False)
+    draws = sivism.sample(20_000)["mu"]
+    assert abs(draws.mean() - exact.mean) < 0.15 * exact.stddev
+    assert abs(draws.std() / exact.stddev - 1) < 0.1
+
+
+def banana():
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(x**2, 0.3))
+
+
+@pytest.mark.slow
+def test_banana_that_a_gaussian_cannot_fit():
+    """y = x^2 + .3 noise: E y = 1, sd y = sqrt(2.09), corr(x^2, y) = sqrt(2 / 2.09). A Gaussian has corr(x^2, y) = 0
+    by symmetry."""
+    sivism = SIVISM(banana)
+    sivism.run(1500, progress_bar=False)
+    draws = sivism.sample(20_000)
+    gaussian = AutoMultivariateNormal(banana)
+    svi = SVI(banana, gaussian, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO(16, vectorize_particles=True))
+    for _ in range(1000):
+        svi.step()
+    theirs = Predictive(gaussian, num_samples=4000)()
+
+    def curvature(x, y):
+        return torch.corrcoef(torch.stack([x.flatten() ** 2, y.flatten()]))[0, 1]
+
+    assert curvature(draws["x"], draws["y"]) > 0.9
+    assert abs(curvature(theirs["x"], theirs["y"])) < 0.2
+    assert abs(draws["x"].std() - 1) < 0.1
+    assert abs(draws["y"].mean() - 1) < 0.15
+    assert abs(draws["y"].std() - math.sqrt(2.09)) < 0.25
