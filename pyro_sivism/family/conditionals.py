@@ -80,8 +80,8 @@ class _GaussianMean(nn.Module):
 class _BoundedScale(nn.Module):
     """``sigma(z)`` between ``min_scale`` and ``max_scale`` by a sigmoid; constant if ``hidden_dims`` is None.
 
-    The ceiling only applies to coordinates that z reaches; a coordinate without its own mixing variable
-    starts with scale 1 and may need more.
+    The ceiling only applies to the first ``mixing_dim`` coordinates; one without its own mixing variable starts with
+    scale 1 and may need up to 1.6.
     """
 
     low: Tensor
@@ -91,13 +91,13 @@ class _BoundedScale(nn.Module):
         self, init: Tensor, mixing_dim: int, hidden_dims: Sequence[int] | None, min_scale: float, max_scale: float
     ) -> None:
         super().__init__()
-        low = torch.full_like(init, min_scale)
-        high = torch.maximum(torch.full_like(init, max_scale), 1.6 * init)
-        if not bool(((low < init) & (init < high)).all()):
+        if not 0 <= min_scale < float(init.min()) <= float(init[:mixing_dim].max()) < max_scale:
             raise ArgumentError(
                 f"expected 0 <= min_scale < init_scale < max_scale, got {min_scale}, {init.min().item():.3g} and "
                 f"{max_scale}"
             )
+        low, high = torch.full_like(init, min_scale), torch.full_like(init, max_scale)
+        high[mixing_dim:] = max(max_scale, 1.6)
         self.register_buffer("low", low)
         self.register_buffer("high", high)
         fraction = (init - low) / (high - low)
