@@ -8,6 +8,7 @@ numbers, the rows of a lower triangle whose diagonal is exponentiated.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Size, Tensor
@@ -15,7 +16,7 @@ from torch.distributions import Transform, biject_to, constraints
 from torch.distributions.transforms import ComposeTransform, IndependentTransform
 from torch.distributions.utils import tril_matrix_to_vec, vec_to_tril_matrix
 
-__all__ = ["bijection"]
+__all__ = ["bijection", "same_support"]
 
 
 def bijection(support: constraints.Constraint) -> Transform:
@@ -31,6 +32,18 @@ def bijection(support: constraints.Constraint) -> Transform:
     if isinstance(support, (type(constraints.positive_definite), type(constraints.positive_semidefinite))):
         return ComposeTransform([LowerCholesky(), _FromCholesky()])
     return biject_to(support)
+
+
+def same_support(a: Any, b: Any) -> bool:
+    """Whether two constraints are equal in type and in every bound."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        a, b = torch.as_tensor(a), torch.as_tensor(b)
+        return a.shape == b.shape and bool((a == b).all())
+    if isinstance(a, constraints.Constraint):
+        return type(a) is type(b) and all(same_support(v, vars(b).get(k)) for k, v in vars(a).items())
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same_support, a, b))
+    return bool(a == b)
 
 
 class LowerCholesky(Transform):

@@ -12,8 +12,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from pyro.distributions import Delta
 from pyro.distributions.util import sum_rightmost
 from pyro.ops.tensor_utils import periodic_repeat
 from pyro.poutine import Trace
@@ -22,7 +24,7 @@ from torch import Size, Tensor
 from torch.distributions import Transform, constraints
 
 from pyro_sivism.bijections import bijection
-from pyro_sivism.errors import EmptyModelError, LayoutChangedError, UnsupportedSiteError
+from pyro_sivism.errors import EmptyModelError, LayoutChangedError, ModelError, UnsupportedSiteError
 
 __all__ = ["LatentLayout", "LatentSite", "PlateDim"]
 
@@ -255,6 +257,11 @@ def log_abs_det_jacobian(site: LatentSite, unconstrained: Tensor, value: Tensor)
 def check_support(msg: dict) -> None:
     """Raise :class:`UnsupportedSiteError` unless a sample site's support has a bijection."""
     name, fn = msg["name"], msg["fn"]
+    if _is_delta(fn):
+        raise UnsupportedSiteError(
+            f"latent site '{name}' is a Delta, which has no density; expected a continuous distribution. Cure: "
+            f"pyro.deterministic('{name}', value)."
+        )
     try:
         bijection(fn.support)
     except NotImplementedError:
@@ -279,6 +286,12 @@ def check_support(msg: dict) -> None:
     )
 
 
+def _is_delta(fn: Any) -> bool:
+    while not isinstance(fn, Delta) and hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, Delta)
+
+
 def is_enumerable(msg: dict) -> bool:
     """Whether an unobserved site is a discrete latent with finitely many values to sum over."""
     return bool(getattr(msg["fn"], "has_enumerate_support", False))
@@ -298,7 +311,15 @@ def _plates(msg: dict) -> tuple[PlateDim, ...]:
 
 
 def _to_full_size(value: Tensor, msg: dict) -> Tensor:
-    """Repeat a minibatch value along its subsampled plates until it has their full size."""
+    """The value at its site's shape, minibatches repeated along their plates until they have full size."""
+    shape = msg["fn"].shape()
+    try:
+        value = value.expand(shape)  # a given initial value may be one number for all
+    except RuntimeError:
+        raise ModelError(
+            f"latent site '{msg['name']}' has an initial value of shape {tuple(value.shape)}; expected {tuple(shape)}, "
+            "or a shape that broadcasts to it. Mend init_loc_fn's value, or the site's plates and to_event."
+        ) from None
     for plate in _plates(msg):
         dim = plate.dim - msg["fn"].event_dim
         if plate.is_subsampled and value.shape[dim] == plate.subsample_size:

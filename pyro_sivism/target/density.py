@@ -22,7 +22,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import pyro
@@ -32,28 +31,22 @@ from pyro.infer import config_enumerate
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import constraints
 from torch.func import grad_and_value, vmap
 
-from pyro_sivism.errors import ModelError, NonDeterministicModelError, NonFiniteError
+from pyro_sivism.bijections import same_support
+from pyro_sivism.errors import ArgumentError, ModelError, NonDeterministicModelError, NonFiniteError
 from pyro_sivism.layout import LatentLayout, is_enumerable
 from pyro_sivism.target.functorch import functorch_ready
 from pyro_sivism.target.handlers import Enumerate, LogJoint, SubstituteLatents, enumerated_log_joint
+from pyro_sivism.target.paths import TargetPath, agree, first_line, with_autograd
 
-__all__ = ["Target", "TargetPath"]
+__all__ = ["Target", "TargetPath", "check_finite_start"]
 
 PARTICLE_PLATE = "_pyro_sivism_particles"
 
-
-@dataclass(frozen=True)
-class TargetPath:
-    """How a batch of scores is computed: ``name`` is vmap, plate or loop; ``reason`` says why."""
-
-    name: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.name} ({self.reason})"
+# What a distribution or a factorization raises at a bad point: ValueError from validation that the user switched on
+# for one distribution, LinAlgError (a RuntimeError), or torch.func refusing to word either of them.
+_PARTICLE_ERRORS = (RuntimeError, ValueError)
 
 
 class Target:
@@ -115,7 +108,7 @@ class Target:
 
     def bind(self, trace: Trace, args: Sequence = (), kwargs: Mapping[str, Any] | None = None) -> None:
         """Point the target at other arguments, whose prototype trace is ``trace``, and check it there."""
-        self.rebind(args, kwargs)
+        self.args, self.kwargs = tuple(args), dict(kwargs or {})
         nodes = [msg for msg in trace.nodes.values() if msg["type"] == "sample"]
         dims = [f.dim for msg in nodes for f in msg["cond_indep_stack"] if f.vectorized]
         self._max_plate_nesting = -min(dims, default=0)
@@ -132,8 +125,13 @@ class Target:
         self._path = self._choose_path(self.layout.init_from_trace(trace))
 
     def rebind(self, args: Sequence = (), kwargs: Mapping[str, Any] | None = None) -> None:
-        """Point the target at other arguments of the same shapes, checking nothing."""
+        """Point the target at other arguments of the same shapes, checking only that no support moved with them."""
+        old = (*self.args, *self.kwargs.values())
         self.args, self.kwargs = tuple(args), dict(kwargs or {})
+        new = (*self.args, *self.kwargs.values())
+        changed = len(old) != len(new) or any(a is not b for a, b in zip(old, new))
+        if changed and any(vars(site.support) for site in self.layout.sites):
+            self._check_supports(self._probes[:1])
 
     def resample_minibatch(self) -> None:
         """Draw new indices for every random minibatch; all densities use them until the next call."""
@@ -156,7 +154,7 @@ class Target:
     def params(self) -> dict[str, Tensor]:
         """The unconstrained leaf tensors behind the model's ``pyro.param`` and module parameters, by name."""
         with torch.no_grad(), poutine.block(), poutine.trace(param_only=True) as capture:
-            self._run_one(self.layout.pack(self._prototype_values()))
+            self.model(*self.args, **self.kwargs)
         leaves = {
             name: (msg["value"].unconstrained() if hasattr(msg["value"], "unconstrained") else msg["value"])
             for name, msg in capture.trace.nodes.items()
@@ -165,30 +163,36 @@ class Target:
         return {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
 
     def nonfinite_sites(self, x: Tensor) -> list[str]:
-        """The sites whose log probability is NaN or infinite at one point ``x (D,)``."""
-        substitute = SubstituteLatents(self._sites, self.layout.constrain(x.to(self.layout.dtype)), self.minibatch)
+        """The sites whose log probability is NaN or infinite, or cannot be computed, at one point ``x (D,)``."""
         bad = []
         with torch.no_grad(), poutine.block(), pyro.validation_enabled(False):
-            trace = poutine.trace()
-            with trace, substitute, self._enumerate():
-                self._configured_model()(*self.args, **self.kwargs)
-            for name, msg in trace.trace.nodes.items():
+            try:
+                trace = self._trace(x.to(self.layout.dtype))
+            except _PARTICLE_ERRORS as error:
+                return [f"none, but the model itself: {first_line(error)}"]
+            for name, msg in trace.nodes.items():
                 if msg["type"] == "sample" and not site_is_subsample(msg):
-                    log_prob = msg["fn"].log_prob(msg["value"], *msg["args"], **msg["kwargs"])
-                    if not torch.isfinite(log_prob).all():
+                    try:
+                        log_prob = msg["fn"].log_prob(msg["value"], *msg["args"], **msg["kwargs"])
+                        finite = bool(torch.isfinite(log_prob).all())
+                    except _PARTICLE_ERRORS:
+                        finite = False
+                    if not finite:
                         bad.append(name)
         return bad
 
     # --- evaluation ---------------------------------------------------------------------------------
 
     def _evaluate(self, x: Tensor, with_score: bool) -> tuple[Tensor, Tensor | None]:
-        if x.dim() != 2 or x.shape[1] != self.dim:
-            raise ValueError(f"expected points of shape (B, {self.dim}), got {tuple(x.shape)}")
+        if x.dim() != 2 or x.shape[0] == 0 or x.shape[1] != self.dim:
+            raise ArgumentError(f"expected points of shape (B, {self.dim}) with B > 0, got {tuple(x.shape)}")
         self.num_evaluations += x.shape[0]
         try:
             return self._evaluate_along(self._path.name, x, with_score)
-        except torch.linalg.LinAlgError:
-            # One particle's matrix was not positive definite: find which, and call it non-finite.
+        except ModelError:
+            raise
+        except _PARTICLE_ERRORS:
+            # Some particle failed, e.g. its matrix was not positive definite: find which, and call it non-finite.
             return self._evaluate_along("loop", x, with_score)
 
     def _evaluate_along(self, path: str, x: Tensor, with_score: bool) -> tuple[Tensor, Tensor | None]:
@@ -209,29 +213,31 @@ class Target:
         return log_density, score
 
     def _plate(self, x: Tensor, with_score: bool) -> tuple[Tensor, Tensor | None]:
-        return _with_autograd(self._run_in_plate, x, with_score)
+        return with_autograd(self._run_in_plate, x, with_score)
 
     def _loop(self, x: Tensor, with_score: bool) -> tuple[Tensor, Tensor | None]:
-        log_densities, scores = [], []
+        """One particle after the other. One that fails is NaN; that all fail is the model's error."""
+        log_densities, scores, errors = [], [], []
         for point in x:
             try:
-                log_density, score = _with_autograd(self._run_one, point, with_score)
-            except torch.linalg.LinAlgError:
+                log_density, score = with_autograd(self._run_one, point, with_score)
+            except ModelError:
+                raise
+            except _PARTICLE_ERRORS as error:
+                errors.append(error)
                 log_density, score = x.new_tensor(torch.nan), torch.full_like(point, torch.nan)
             log_densities.append(log_density)
             scores.append(score)
+        if len(errors) == len(x) and not isinstance(errors[0], torch.linalg.LinAlgError):
+            raise errors[0]
         return torch.stack(log_densities), torch.stack(scores) if with_score else None  # type: ignore[arg-type]
 
     def _run_one(self, x: Tensor) -> Tensor:
         """``log p(x)`` of one point ``(D,)``, by one run of the model."""
-        values = self.layout.constrain(x)
         if self._enumerates:
-            trace = poutine.trace()
-            with trace, SubstituteLatents(self._sites, values, self.minibatch), self._enumerate():
-                self._configured_model()(*self.args, **self.kwargs)
-            log_joint: Tensor | float = enumerated_log_joint(trace.trace)
+            log_joint: Tensor | float = enumerated_log_joint(self._trace(x))
         else:
-            handler = LogJoint(self._sites, values, self.minibatch)
+            handler = LogJoint(self._sites, self.layout.constrain(x), self.minibatch)
             with handler:
                 self.model(*self.args, **self.kwargs)
             log_joint = handler.log_joint
@@ -249,64 +255,79 @@ class Target:
             self.model(*self.args, **self.kwargs)
         return handler.log_joint + self.layout.log_abs_det_jacobian(x)
 
-    def _enumerate(self) -> ExitStack | Enumerate:
-        return Enumerate(first_available_dim=-1 - self._max_plate_nesting) if self._enumerates else ExitStack()
-
-    def _configured_model(self) -> Callable:
-        return config_enumerate(self.model, default="parallel") if self._enumerates else self.model
+    def _trace(self, x: Tensor) -> Trace:
+        """One run of the model at one point ``(D,)``, discrete latents enumerated."""
+        model, capture = self.model, poutine.trace()
+        with capture, SubstituteLatents(self._sites, self.layout.constrain(x), self.minibatch), ExitStack() as stack:
+            if self._enumerates:
+                stack.enter_context(Enumerate(first_available_dim=-1 - self._max_plate_nesting))
+                model = config_enumerate(model, default="parallel")
+            model(*self.args, **self.kwargs)
+        return capture.trace
 
     # --- choosing the path --------------------------------------------------------------------------
 
     def _choose_path(self, init: Tensor) -> TargetPath:
-        """The first path that runs and agrees with the loop at three points near ``init``."""
-        steps = torch.linspace(-0.1, 0.1, 3, dtype=init.dtype, device=init.device)
+        """The first path that runs and agrees with the loop at points near ``init`` and further away.
+
+        The far points are there for models such as ``if (theta > 0).all()``, which are right under a plate only
+        while all particles are on one side.
+        """
+        steps = torch.tensor([-1.0, -0.1, 0.1, 1.0], dtype=init.dtype, device=init.device)
         wobble = torch.cos(torch.arange(self.dim, dtype=init.dtype, device=init.device))
-        points = init + steps[:, None] * wobble
-        self._check_supports(points)
-        want = self._evaluate_along("loop", points, with_score=True)
-        again = self._evaluate_along("loop", points[:1], with_score=False)
-        if not _agree(again[0], want[0][:1]):
-            raise NonDeterministicModelError(
-                "the model's log density differed between two runs at the same latents and minibatch: "
-                f"{want[0][0]:.6g}, then {again[0][0]:.6g}. Expected a deterministic model: draw random numbers by "
-                "pyro.sample, and do not hide latent sites by poutine.block (sum over discrete ones instead)."
-            )
+        points = self._probes = init + steps[:, None] * wobble
+        self._check_supports(points[[0, -1]])
+        log_density, score = self._reference(points)
+        finite = log_density.isfinite() & score.isfinite().all(-1)
+        if finite.any():
+            points, log_density, score = points[finite], log_density[finite], score[finite]
         reasons = []
         for name in self._try_paths:
             try:
                 got = self._evaluate_along(name, points, with_score=True)
             except Exception as error:  # any failure of the user's model under a batch means "not this path"
-                reasons.append(f"{name}: {_first_line(error)}")
+                reasons.append(f"{name}: {first_line(error)}")
                 continue
-            if _agree(got[0], want[0]) and _agree(got[1], want[1]):
+            if agree(got[0], log_density) and agree(got[1], score):
                 return TargetPath(name, "; ".join([*reasons, "agrees with the loop in log density and score"]))
             reasons.append(f"{name}: disagrees with the loop")
         return TargetPath("loop", "; ".join(reasons) or "no other path allowed")
 
-    def _check_supports(self, points: Tensor) -> None:
-        """Refuse a support that moves with the latents: the layout's fixed transform would be wrong."""
-        for point in points[[0, -1]]:
-            substitute = SubstituteLatents(self._sites, self.layout.constrain(point), self.minibatch)
-            with torch.no_grad(), poutine.block(), pyro.validation_enabled(False):
-                trace = poutine.trace()
-                with trace, substitute, self._enumerate():
-                    self._configured_model()(*self.args, **self.kwargs)
-            for site in self.layout.sites:
-                if site.name not in trace.trace.nodes:
-                    raise ModelError(
-                        f"latent site '{site.name}' was drawn at set-up but not at other values of the latents; "
-                        "expected the same sites in every run. Replace the branch by torch.where or a mixture."
-                    )
-                if not same_support(trace.trace.nodes[site.name]["fn"].support, site.support):
-                    raise ModelError(
-                        f"the support of latent site '{site.name}' depends on other latents (at set-up it was "
-                        f"{site.support}); expected a fixed support. Draw it on a fixed one and transform it, e.g. "
-                        "u = pyro.sample('u', Uniform(0, 1)); x = low + (high - low) * u."
-                    )
+    def _reference(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Log densities and scores by the loop, run again to see whether they are always the same."""
+        random_state = _random_state(points.device)
+        log_density, score = self._evaluate_along("loop", points, with_score=True)
+        assert score is not None
+        # A model that drew random numbers may give the same value twice by chance, e.g. from a hidden Bernoulli.
+        drew = not torch.equal(random_state, _random_state(points.device))
+        for _ in range(16 if drew else 1):
+            again, _ = self._evaluate_along("loop", points, with_score=False)
+            if not agree(again, log_density):
+                raise NonDeterministicModelError(
+                    "the model's log density differed between two runs at the same latents and minibatch: "
+                    f"{log_density.tolist()}, then {again.tolist()}. Expected a deterministic model: draw random "
+                    "numbers by pyro.sample, do not hide latent sites by poutine.block (discrete ones are summed "
+                    "over), and put modules with dropout into eval()."
+                )
+        return log_density, score
 
-    def _prototype_values(self) -> dict[str, Tensor]:
-        zeros = torch.zeros(self.dim, dtype=self.layout.dtype, device=self.layout.device)
-        return self.layout.constrain(zeros)
+    def _check_supports(self, points: Tensor) -> None:
+        """Refuse a support that moves with the latents or the data: the layout's fixed transform would be wrong."""
+        for point in points:
+            with torch.no_grad(), poutine.block(), pyro.validation_enabled(False):
+                try:
+                    trace = self._trace(point)
+                except ModelError:
+                    raise
+                except _PARTICLE_ERRORS:  # a far point may be infeasible; the loop tells if all are
+                    continue
+            for site in self.layout.sites:
+                if not same_support(trace.nodes[site.name]["fn"].support, site.support):
+                    raise ModelError(
+                        f"the support of latent site '{site.name}' depends on other latents or on the data (at set-up "
+                        f"it was {site.support}); expected a fixed support. Draw it on a fixed one and transform it, "
+                        "e.g. u = pyro.sample('u', Uniform(0, 1)); x = low + (high - low) * u."
+                    )
 
 
 def check_finite_start(target: Target, starts: Tensor) -> Tensor:
@@ -319,7 +340,7 @@ def check_finite_start(target: Target, starts: Tensor) -> Tensor:
     finite = log_density.isfinite() & score.isfinite().all(-1)
     if not finite.any():
         sites = target.nonfinite_sites(starts[0])
-        where = f"site(s) {sites}" if sites else "the score (the log densities are finite)"
+        where = f"site(s) {', '.join(sites)}" if sites else "the score (the log densities are finite)"
         raise NonFiniteError(
             f"the log density or score is not finite at any of {len(starts)} starting points; at the first, the "
             f"cause is {where}. Check the data for NaN and the observed values against their supports, or give a "
@@ -328,42 +349,5 @@ def check_finite_start(target: Target, starts: Tensor) -> Tensor:
     return starts[finite]
 
 
-def same_support(a: Any, b: Any) -> bool:
-    """Whether two constraints are equal in type and in every bound."""
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        a, b = torch.as_tensor(a), torch.as_tensor(b)
-        return a.shape == b.shape and bool((a == b).all())
-    if isinstance(a, constraints.Constraint):
-        return type(a) is type(b) and all(same_support(v, vars(b).get(k)) for k, v in vars(a).items())
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same_support, a, b))
-    return bool(a == b)
-
-
-def _with_autograd(fn: Callable[[Tensor], Tensor], x: Tensor, with_score: bool) -> tuple[Tensor, Tensor | None]:
-    if not with_score:
-        return fn(x), None
-    differentiable = torch.is_grad_enabled() and x.requires_grad
-    with torch.enable_grad():
-        point = x if differentiable else x.detach().requires_grad_()
-        log_density = fn(point)
-        if not log_density.requires_grad:  # a density that does not depend on the latents at all
-            return log_density, torch.zeros_like(point)
-        (score,) = torch.autograd.grad(log_density.sum(), point, create_graph=differentiable, materialize_grads=True)
-    return (log_density, score) if differentiable else (log_density.detach(), score)
-
-
-def _agree(got: Tensor | None, want: Tensor | None) -> bool:
-    """Equal up to the rounding of sums taken in another order; NaN equals NaN."""
-    assert got is not None
-    assert want is not None
-    if got.shape != want.shape:
-        return False
-    scale = want[want.isfinite()].abs().max().item() if want.isfinite().any() else 0.0
-    tolerance = 50 * torch.finfo(want.dtype).eps ** 0.75
-    return torch.allclose(got, want, rtol=tolerance, atol=tolerance * (1.0 + scale), equal_nan=True)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:160]}"
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()

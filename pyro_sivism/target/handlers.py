@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from opt_einsum import shared_intermediates
@@ -44,6 +45,7 @@ class SubstituteLatents(Messenger):
         super().__init__()
         self._sites, self._values, self._minibatch = sites, values, minibatch
         self._indices: dict[str, Tensor] = {}
+        self._drawn: set[str] = set()
 
     def _pyro_sample(self, msg: dict) -> None:
         name = msg["name"]
@@ -57,6 +59,12 @@ class SubstituteLatents(Messenger):
         if name in self._values:
             msg["value"] = self._take_minibatch(msg, self._values[name])
             msg["done"] = True
+            self._drawn.add(name)
+        elif msg["infer"].get("enumerate") == "sequential":
+            raise ModelError(
+                f"discrete site '{name}' is marked infer={{'enumerate': 'sequential'}}, but discrete latents are "
+                "summed over in parallel only. Remove the mark, and any Python branch on the site's value."
+            )
         elif msg["infer"].get("_enumerate_dim") is None:
             raise ModelError(
                 f"the model drew latent site '{name}', which it did not draw at set-up and which is not summed "
@@ -67,6 +75,15 @@ class SubstituteLatents(Messenger):
     def _pyro_post_sample(self, msg: dict) -> None:
         if site_is_subsample(msg):
             self._indices[msg["name"]] = msg["value"]
+
+    def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
+        super().__exit__(exc_type, exc_value, traceback)
+        missing = [name for name in self._values if name not in self._drawn]
+        if exc_type is None and missing:
+            raise ModelError(
+                f"latent site '{missing[0]}' was drawn at set-up but not at other values of the latents; "
+                "expected the same sites in every run. Replace the branch by torch.where or a mixture."
+            )
 
     def _take_minibatch(self, msg: dict, value: Tensor) -> Tensor:
         """The rows of a full-size value that the plates around the site have drawn."""

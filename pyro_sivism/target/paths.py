@@ -1,0 +1,53 @@
+"""What the ways of computing a batch of scores share: their name, autograd, and the test of agreement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["TargetPath", "agree", "first_line", "with_autograd"]
+
+
+@dataclass(frozen=True)
+class TargetPath:
+    """How a batch of scores is computed: ``name`` is vmap, plate or loop; ``reason`` says why."""
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason})"
+
+
+def with_autograd(fn: Callable[[Tensor], Tensor], x: Tensor, with_score: bool) -> tuple[Tensor, Tensor | None]:
+    """``fn(x)`` and the gradient of its sum; the gradient is differentiable where x requires one."""
+    if not with_score:
+        return fn(x), None
+    differentiable = torch.is_grad_enabled() and x.requires_grad
+    with torch.enable_grad():
+        point = x if differentiable else x.detach().requires_grad_()
+        log_density = fn(point)
+        if not log_density.requires_grad:  # a density that does not depend on the latents at all
+            return log_density, torch.zeros_like(point)
+        (score,) = torch.autograd.grad(log_density.sum(), point, create_graph=differentiable, materialize_grads=True)
+    return (log_density, score) if differentiable else (log_density.detach(), score)
+
+
+def agree(got: Tensor | None, want: Tensor | None) -> bool:
+    """Equal up to the rounding of sums taken in another order; NaN equals NaN."""
+    assert got is not None
+    assert want is not None
+    if got.shape != want.shape:
+        return False
+    scale = want[want.isfinite()].abs().max().item() if want.isfinite().any() else 0.0
+    tolerance = 50 * torch.finfo(want.dtype).eps ** 0.75
+    return torch.allclose(got, want, rtol=tolerance, atol=tolerance * (1.0 + scale), equal_nan=True)
+
+
+def first_line(error: Exception) -> str:
+    """An error in one line, for a reason that a user reads."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:160]}"
