@@ -64,8 +64,7 @@ class SemiImplicitGuide(AutoContinuous):
         >>> import pyro, pyro.distributions as dist
         >>> def model():
         ...     pyro.sample("rate", dist.Gamma(2.0, 1.0))
-        >>> guide = SemiImplicitGuide(model)
-        >>> guide.setup()
+        >>> guide = SemiImplicitGuide(model).setup()
         >>> guide()["rate"] > 0
         tensor(True)
     """
@@ -87,6 +86,8 @@ class SemiImplicitGuide(AutoContinuous):
         create_plates: Callable | None = None,
         num_mixing: int = 64,
     ) -> None:
+        if not callable(model):
+            raise ArgumentError(f"model is a {type(model).__name__}; expected a callable with Pyro primitives")
         if init_scale is not None and not init_scale > 0:
             raise ArgumentError(f"expected init_scale > 0, got {init_scale}")
         if num_mixing < 1:

@@ -134,7 +134,7 @@ def test_more_mixing_draws_tighten_the_bound(float64):
 
     guide = shuffled(SemiImplicitGuide(model, num_mixing=1))
     loose, loose_error = batch_means(model, guide)
-    guide.num_mixing = 64
+    guide.num_mixing = 16
     tight, tight_error = batch_means(model, guide)
     assert tight - loose > K * (loose_error**2 + tight_error**2).sqrt()
 
@@ -311,8 +311,9 @@ def test_subsampled_elbo_is_unbiased(float64):
         for guide in (mini, full):
             guide.scale_tril.fill_(0.4)
     want, want_error = batch_means(full_model, full, data)
-    got = -torch.tensor([Trace_ELBO().loss(subsampling_model, mini, data) for _ in range(250)])
-    standard_error = (want_error**2 + got.var() / 250).sqrt()
+    elbo = Trace_ELBO(num_particles=10, vectorize_particles=True, max_plate_nesting=1)
+    got = -torch.tensor([elbo.loss(subsampling_model, mini, data) for _ in range(120)])
+    standard_error = (want_error**2 + got.var() / 120).sqrt()
     assert abs(got.mean() - want) < K * standard_error
     assert K * standard_error < 0.5 * math.log(2 * math.pi) * (FULL - MINI)  # what an unscaled minibatch misses
 
@@ -723,10 +724,10 @@ def test_svi_with_trace_elbo_finds_a_conjugate_posterior():
     svi = SVI(
         model,
         guide,
-        pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 2e-2}, "gamma": 0.993}),
-        Trace_ELBO(num_particles=16, vectorize_particles=True, max_plate_nesting=1),
+        pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 2e-2}, "gamma": 0.988}),
+        Trace_ELBO(num_particles=8, vectorize_particles=True, max_plate_nesting=1),
     )
-    for _ in range(400):
+    for _ in range(250):
         svi.step(y)
         svi.optim.step()
     draws = guide.sample_unconstrained(20_000)[:, 0]
