@@ -117,6 +117,7 @@ class Replay:
         args, kwargs: the model's arguments.
 
     Attributes:
+        flat_sites: latents whose own density is masked away, so that the model does not draw them from their prior.
         sites: every latent, discrete, observed and deterministic site that can be had at full size.
         left_out: site -> why it cannot.
 
@@ -157,6 +158,7 @@ class Replay:
             if not frame.vectorized and name in trace.nodes
         }
         self.left_out: dict[str, str] = {}
+        self._reasons: dict[str, str] = {}
         self.flat_sites = [msg["name"] for msg in nodes if not msg["is_observed"] and _is_masked_out(msg)]
         self.sites: dict[str, ReplaySite] = {}
         for msg in nodes:
@@ -207,7 +209,7 @@ class Replay:
             values: each continuous latent's values at full plate size, ``(S, *shape)``.
             batch_size: draws per run of the model; by memory if None.
         """
-        self._reasons: dict[str, str] = {}
+        self._reasons = {}
         run = self._choose_evaluation(values)
         found = self._in_batches(values, batch_size, lambda part: self._over_minibatches(self._evaluate_one, part, run))
         log_likelihood, deterministic = (_group(found, group) for group in ("log_likelihood", "deterministic"))
@@ -399,7 +401,6 @@ class Replay:
     def _check_data_follow_indices(self) -> None:
         """Leave out sites whose full-size values depend on the order in which minibatches were taken."""
         values = self._latents_at_origin(1)
-        self._reasons = {}
         found = []
         for generator in (None, torch.Generator().manual_seed(0)):
             observed = self._over_minibatches(self._observe, values, self._loop, generator)
