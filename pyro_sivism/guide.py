@@ -73,6 +73,7 @@ class SemiImplicitGuide(AutoContinuous):
     _pyro_name: str
     _model: tuple[Callable] | None
     master: Any
+    _fitted: Tensor
 
     def __init__(
         self,
@@ -100,7 +101,6 @@ class SemiImplicitGuide(AutoContinuous):
         self._ready_conditional = (conditional,) if isinstance(conditional, Conditional) else None
         self._init_scale = 0.1 if init_scale is None else float(init_scale)
         self.num_mixing = num_mixing
-        self.is_fitted = False  # whether a SIVISM has fitted the Gaussian it lives on
         self._layout: LatentLayout | None = None
 
     # --- set-up -------------------------------------------------------------------------------------
@@ -108,6 +108,16 @@ class SemiImplicitGuide(AutoContinuous):
     @property
     def is_set_up(self) -> bool:
         return self._layout is not None
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether a SIVISM has fitted the Gaussian the family lives on; kept by ``state_dict``."""
+        return self.is_set_up and bool(self._fitted)
+
+    @is_fitted.setter
+    def is_fitted(self, value: bool) -> None:
+        self._require_set_up()
+        self._fitted.fill_(value)
 
     @property
     def layout(self) -> LatentLayout:
@@ -160,6 +170,7 @@ class SemiImplicitGuide(AutoContinuous):
         self._layout = layout
         self.latent_dim = layout.dim
         self.register_buffer("loc", layout.init_from_trace(trace))
+        self.register_buffer("_fitted", torch.tensor(False))
         self.register_buffer("scale_tril", torch.full_like(self.loc, self._init_scale))
         self.family = SemiImplicit(self._make_conditional(layout.dim, recipe)).to(layout.device, layout.dtype)
 

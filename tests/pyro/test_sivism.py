@@ -325,6 +325,18 @@ def test_a_fitted_guide_can_be_trained_on():
     assert not same(second.guide.family.state_dict(), family)
 
 
+@pytest.mark.usefixtures("small_recipe")
+def test_a_fitted_guide_restored_from_its_state_dict_can_be_trained_on():
+    first = quick(model)
+    first.run(3, Y, progress_bar=False)
+    restored = SemiImplicitGuide(model).setup(Y)
+    assert not restored.is_fitted
+    restored.load_state_dict(first.guide.state_dict())
+    second = SIVISM(model, restored)
+    second.setup(Y)
+    assert same(second.guide.state_dict(), first.guide.state_dict())
+
+
 # --- the model's own parameters ---------------------------------------------------------------------
 
 GROUPS = torch.tensor([-3.0, -1.0, 2.0, 6.0])
