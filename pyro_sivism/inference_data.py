@@ -343,7 +343,7 @@ def _fit_attrs(sivism: SIVISM) -> dict[str, Any]:
         **{f"seconds_{name}": float(value) for name, value in seconds.items()},
         "seed": str(torch.initial_seed()),
         "pyro_version": pyro.__version__,
-        "torch_version": torch.__version__,
+        "torch_version": str(torch.__version__),  # a subclass of str, which netCDF refuses
         "note": "independent draws of one variational fit: R-hat and ESS say nothing about its quality",
     }
 
@@ -361,6 +361,6 @@ def _container(groups: Mapping[str, xarray.Dataset], fit_attrs: Mapping[str, Any
     }
     full = {name: dataset.assign_attrs(attrs) for name, dataset in groups.items() if dataset.data_vars}
     full["posterior"] = full["posterior"].assign_attrs(fit_attrs)
-    if hasattr(arviz, "InferenceData"):
+    if "InferenceData" in vars(arviz):  # 1.x answers getattr for it, with a warning
         return arviz.InferenceData(**full)
     return xarray.DataTree.from_dict(full)
