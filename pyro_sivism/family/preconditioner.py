@@ -68,7 +68,13 @@ class FixedGaussian:
                 f"{tuple(loc.shape)} and {tuple(covariance.shape)}"
             )
         covariance = covariance.double()
-        scale_tril = covariance.sqrt() if covariance.dim() == 1 else torch.linalg.cholesky(covariance)
+        if covariance.dim() == 1:
+            scale_tril, positive = covariance.sqrt(), bool((covariance > 0).all())
+        else:
+            scale_tril, info = torch.linalg.cholesky_ex(covariance)
+            positive = int(info) == 0
+        if not (positive and bool(loc.isfinite().all()) and bool(scale_tril.isfinite().all())):
+            raise ArgumentError("expected a finite mean, and a covariance that is finite and positive definite")
         self.affine = AffineMap(loc.double(), scale_tril)
 
     def fit(self, target: TargetDensity, starts: Tensor) -> GaussianFit:
@@ -99,6 +105,15 @@ class BatchAndMatch:
         candidates_per_path: int = 12,
         elbo_draws: int = 16,
     ) -> None:
+        if (num_steps is not None and num_steps < 0) or batch_size < 2:
+            raise ArgumentError(f"expected num_steps >= 0 and batch_size >= 2, got {num_steps} and {batch_size}")
+        for name, value in (
+            ("max_path_steps", max_path_steps),
+            ("candidates_per_path", candidates_per_path),
+            ("elbo_draws", elbo_draws),
+        ):
+            if value < 1:
+                raise ArgumentError(f"expected {name} of at least 1, got {value}")
         self.num_steps, self.batch_size = num_steps, batch_size
         self.max_path_steps, self.max_dense_dim = max_path_steps, max_dense_dim
         self.candidates_per_path, self.elbo_draws = candidates_per_path, elbo_draws
@@ -203,7 +218,11 @@ def _match_dense(target: _Counter, affine: AffineMap, num_steps: int, batch_size
 
 
 def _batch_and_match_update(y: Tensor, score: Tensor, regularization: float) -> _Update:
-    """The closed-form update of Cai et al. (2024), equations 9-12, from the Gaussian N(0, I).
+    """The closed-form update of Cai et al. (2024, arXiv 2402.14758, section 3), from the Gaussian N(0, I).
+
+    Over Gaussians q = N(m, S) it minimizes, on a batch of draws y and scores g,
+
+        mean |grad log q(y) - g|^2_S  +  (2 / lambda) KL(N(0, I), q),      |v|^2_S = v' S v.
 
     With batch means ``y_bar, g_bar`` and covariances ``C, G`` of draws and scores and lambda = regularization,
 

@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from pyro_sivism.errors import ArgumentError
+from pyro_sivism.errors import ArgumentError, NonFiniteError
 from pyro_sivism.family import ScoreNetwork, SemiImplicitSample
 from pyro_sivism.objectives.base import GuideLoss, Objective, finite_rows, fisher_divergence, mean_over
 from pyro_sivism.recipe import Recipe
@@ -90,9 +90,22 @@ def _without_nonfinite_gradients(x: Tensor) -> Tensor:
     """``x``, whose rows with a NaN or infinite gradient get none at all.
 
     A particle where the score is not finite is left out of the loss, but zero times its Hessian is still NaN.
+
+    Raises:
+        NonFiniteError: in the backward pass, if no row has a finite gradient.
     """
     if not x.requires_grad:
         return x
+
+    def drop(gradient: Tensor) -> Tensor:
+        finite = gradient.isfinite().all(-1, keepdim=True)
+        if not bool(finite.any()):
+            raise NonFiniteError(
+                f"the second derivative of the model's log density is not finite at any of {len(gradient)} particles, "
+                "so FisherDivergence cannot move the guide. Use PathGradientKL(), which needs first derivatives only."
+            )
+        return torch.where(finite, gradient, 0.0)
+
     x = x * 1.0
-    x.register_hook(lambda grad: torch.where(grad.isfinite().all(-1, keepdim=True), grad, 0.0))
+    x.register_hook(drop)
     return x

@@ -1,0 +1,293 @@
+"""The Gaussian fitted from scores: exact where the target is Gaussian, and sane where it is not."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import MultivariateNormal, kl_divergence
+
+from pyro_sivism.errors import ArgumentError
+from pyro_sivism.family import BatchAndMatch, FixedGaussian, GaussianFit
+from pyro_sivism.family.preconditioner import _batch_and_match_update
+from tests.statistical.oracle import GaussianTarget, random_covariance
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def fit(target, num_starts: int = 4, **settings) -> GaussianFit:
+    return BatchAndMatch(**settings).fit(target, 4 * torch.rand(num_starts, target.dim) - 2)
+
+
+def relative_errors(got: GaussianFit, p: GaussianTarget) -> tuple[float, float]:
+    """Of the mean in sds, and of the sds, each in its worst direction."""
+    root = torch.linalg.cholesky(p.covariance)
+    scale = got.affine.scale_tril if got.affine.scale_tril.dim() == 2 else got.affine.scale_tril.diag()
+    shift = torch.linalg.solve_triangular(root, (got.affine.loc - p.loc)[:, None], upper=False).norm()
+    sds = torch.linalg.svdvals(torch.linalg.solve_triangular(root, scale, upper=False))
+    return shift.item(), (sds - 1).abs().max().item()
+
+
+# --- the update ------------------------------------------------------------------------------------
+
+
+def batch(dim: int, size: int) -> tuple[Tensor, Tensor]:
+    y = torch.randn(size, dim)
+    return y, -(y - 1.0) @ random_covariance(dim) + 0.3 * torch.randn(size, dim)
+
+
+@pytest.mark.parametrize("regularization", [0.1, 1.0, 50.0])
+@pytest.mark.parametrize(("dim", "size"), [(3, 20), (5, 3)], ids=["B>D", "B<D"])
+def test_update_solves_its_quadratic(dim, size, regularization):
+    y, g = batch(dim, size)
+    s = _batch_and_match_update(y, g, regularization).covariance
+    weight = regularization / (1 + regularization)
+    u = regularization * torch.cov(g.T, correction=0) + weight * torch.outer(g.mean(0), g.mean(0))
+    v = torch.eye(dim) + regularization * torch.cov(y.T, correction=0) + weight * torch.outer(y.mean(0), y.mean(0))
+    torch.testing.assert_close(s @ u @ s + s, v, rtol=1e-12, atol=1e-12)
+    assert torch.linalg.eigvalsh(s).min() > 0
+
+
+@pytest.mark.parametrize("regularization", [0.1, 1.0, 50.0])
+@pytest.mark.parametrize(("dim", "size"), [(3, 20), (5, 3)], ids=["B>D", "B<D"])
+def test_update_minimizes_divergence_plus_distance(dim, size, regularization):
+    """``mean |grad log q - score|^2_C + (2 / lambda) KL(N(0, I), q)`` over q = N(m, C): stationary at the update."""
+    y, g = batch(dim, size)
+    update = _batch_and_match_update(y, g, regularization)
+
+    def objective(loc: Tensor, root: Tensor) -> Tensor:
+        covariance = root @ root.mT
+        difference = torch.linalg.solve(covariance, (loc - y).mT).mT - g
+        divergence = ((difference @ covariance) * difference).sum(-1).mean()
+        distance = kl_divergence(
+            MultivariateNormal(torch.zeros(dim), torch.eye(dim)), MultivariateNormal(loc, covariance)
+        )
+        return divergence + 2 / regularization * distance
+
+    loc, root = update.loc.requires_grad_(), torch.linalg.cholesky(update.covariance).requires_grad_()
+    value = objective(loc, root)
+    for gradient in torch.autograd.grad(value, (loc, root)):
+        assert gradient.abs().max() < 1e-9 * (1 + value.abs())
+    for _ in range(20):  # and it is a minimum
+        assert objective(loc + 0.05 * torch.randn(dim), root + 0.05 * torch.randn(dim, dim).tril()) > value
+
+
+def test_target_is_a_fixed_point():
+    """Scores of N(0, I) at draws of any batch leave N(0, I) where it is."""
+    y = torch.randn(20, 3)
+    update = _batch_and_match_update(y, -y, 5.0)
+    torch.testing.assert_close(update.covariance, torch.eye(3))
+    torch.testing.assert_close(update.loc, torch.zeros(3), rtol=0, atol=1e-12)
+
+
+# --- Gaussian targets ------------------------------------------------------------------------------
+
+SCALES = torch.logspace(-4, 5, 10, dtype=torch.double)
+CORRELATED = torch.full((5, 5), 0.999, dtype=torch.double) + 0.001 * torch.eye(5, dtype=torch.double)
+GAUSSIANS = {
+    "standard": lambda: (torch.zeros(3), torch.eye(3)),
+    "one_dim": lambda: (torch.tensor([3.0]), torch.tensor([[0.04]])),
+    "random": lambda: (torch.randn(8), random_covariance(8)),
+    "correlated": lambda: (torch.ones(5), CORRELATED),
+    "sds_1e-4_to_1e5": lambda: (SCALES * torch.randn(10), SCALES.square().diag()),
+    "mean_1e4_sds_away": lambda: (torch.full((4,), 1e4), torch.eye(4)),
+    "mean_1e4_sds_1_to_1e4": lambda: (torch.full((4,), 1e4), torch.logspace(0, 4, 4).square().diag()),
+    "mean_1e4_sds_.01_to_100": lambda: (torch.full((4,), 1e4), torch.logspace(-2, 2, 4).square().diag()),
+    "batch_below_dim": lambda: (torch.randn(80), torch.eye(80) + 0.5),
+}
+
+
+@pytest.mark.parametrize("name", GAUSSIANS)
+def test_gaussian_target_is_recovered(name):
+    """To rounding: float64's 2e-16 times the 1e4 that separates the sds of a few cases, times a few steps."""
+    p = GaussianTarget(*GAUSSIANS[name]())
+    shift, sds = relative_errors(fit(p), p)
+    assert shift < 1e-9
+    assert sds < 1e-9
+
+
+def test_elbo_of_the_right_gaussian_is_the_log_evidence():
+    """The target is normalized: log evidence 0. Sixteen draws of a Gaussian exact to 1e-3 give it to about 1e-3."""
+    p = GaussianTarget(torch.zeros(2), torch.eye(2))
+    got = BatchAndMatch(elbo_draws=4000).fit(p, torch.zeros(1, 2) + 0.5)
+    # log p has sd 1 in two dimensions: 6 standard errors of 4,000 draws
+    assert abs(got.elbo) < 6 / math.sqrt(4000)
+
+
+def test_diagonal_form_beyond_max_dense_dim():
+    variances = torch.logspace(-4, 4, 12)
+    p = GaussianTarget(torch.randn(12), variances.diag())
+    got = fit(p, max_dense_dim=11)
+    assert got.affine.scale_tril.shape == (12,)
+    shift, sds = relative_errors(got, p)
+    assert max(shift, sds) < 1e-9
+    assert fit(p, max_dense_dim=12).affine.scale_tril.shape == (12, 12)
+
+
+def test_diagonal_form_on_a_correlated_target():
+    """At its fixed point whitened scores have mean 0 and variance 1: ``s_i (P diag(s) P)_ii = 1``, s the variances.
+
+    For two exchangeable coordinates s = (P P)_ii^(-1/2) = .281, against .36 of the best KL and 1 of the marginals. The
+    last update weighs 64 draws by .16: a relative error of about .16 sqrt(2 / 64) = .03.
+    """
+    p = GaussianTarget(torch.tensor([1.0, -2.0]), torch.tensor([[1.0, 0.8], [0.8, 1.0]]))
+    got = fit(p, max_dense_dim=1, num_steps=400)
+    want = (p.precision @ p.precision).diagonal().rsqrt()
+    torch.testing.assert_close(got.affine.scale_tril.square(), want, rtol=6 * 0.03, atol=0)
+    assert ((got.affine.loc - p.loc).abs() / want.sqrt()).max() < 0.2
+
+
+def test_counts_are_those_of_the_target():
+    p = GaussianTarget(torch.zeros(3), torch.eye(3))
+    got = fit(p, num_steps=7, batch_size=10)
+    assert got.num_evaluations == p.num_evaluations
+    assert (got.num_nonfinite, got.num_guarded) == (0, 0)
+    assert got.path_ends.shape == (4, 3)
+    torch.testing.assert_close(got.path_log_densities, p.log_density(got.path_ends))
+    assert got.affine.loc.dtype == torch.double
+
+
+@pytest.mark.parametrize(("dim", "num_steps"), [(2, 100), (60, 120)])
+def test_default_number_of_updates(dim, num_steps):
+    calls = []
+
+    class Counted(GaussianTarget):
+        def resample_minibatch(self) -> None:
+            calls.append(None)
+
+    fit(Counted(torch.zeros(dim), torch.eye(dim)), num_starts=1, max_path_steps=1)
+    assert len(calls) == num_steps
+
+
+def test_float32_target_is_fitted_in_float64():
+    class Single(GaussianTarget):
+        def log_density_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            log_density, score = super().log_density_and_score(x.float().double())
+            return log_density.float().double(), score.float().double()
+
+    p = Single(torch.tensor([3.0, -1.0]), torch.tensor([[2.0, 0.5], [0.5, 1.0]]))
+    shift, sds = relative_errors(fit(p), p)
+    assert max(shift, sds) < 1e-5  # float32 has an eps of 1.2e-7; the scores are of order ten
+
+
+# --- other targets ---------------------------------------------------------------------------------
+
+
+class HalfSpace(GaussianTarget):
+    """A Gaussian whose log density is NaN where ``x_0 < edge``, counting them."""
+
+    edge = -1.0
+    num_outside = 0
+
+    def log_density_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        log_density, score = super().log_density_and_score(x)
+        outside = x[:, 0] < self.edge
+        self.num_outside += int(outside.sum())
+        return log_density.where(~outside, torch.nan), score.where(~outside[:, None], torch.nan)
+
+
+@pytest.mark.parametrize("max_dense_dim", [512, 1], ids=["dense", "diagonal"])
+def test_non_finite_half_space_is_left_out_and_counted(max_dense_dim):
+    """On the finite side the scores are the Gaussian's, so that it is recovered as if there were no edge."""
+    p = HalfSpace(torch.zeros(3), torch.eye(3))
+    got = BatchAndMatch(max_dense_dim=max_dense_dim).fit(p, 2 * torch.rand(4, 3))
+    assert max(relative_errors(got, p)) < 1e-9
+    assert got.num_nonfinite == p.num_outside > 0
+    assert got.num_guarded > 0
+    assert got.num_evaluations == p.num_evaluations
+
+
+def test_minus_infinity_counts_as_non_finite():
+    class Truncated(HalfSpace):
+        def log_density_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            log_density, score = super().log_density_and_score(x)
+            return log_density.nan_to_num(nan=-math.inf), score.nan_to_num(nan=0.0)
+
+    p = Truncated(torch.zeros(2), torch.eye(2))
+    got = BatchAndMatch().fit(p, torch.rand(4, 2))
+    assert got.num_nonfinite == p.num_outside > 0
+    assert max(relative_errors(got, p)) < 1e-9
+
+
+def test_finite_in_a_small_ball_only_still_gives_a_gaussian_inside():
+    """Almost every draw is non-finite at first: the scale is halved until a quarter of them are finite."""
+
+    class Ball(GaussianTarget):
+        def log_density_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            log_density, score = super().log_density_and_score(x)
+            outside = x.norm(dim=-1) > 0.05
+            return log_density.where(~outside, torch.nan), score.where(~outside[:, None], torch.nan)
+
+    got = BatchAndMatch().fit(Ball(torch.zeros(3), torch.eye(3)), 0.01 * torch.randn(4, 3))
+    assert got.affine.loc.isfinite().all()
+    assert got.affine.scale_tril.isfinite().all()
+    assert got.num_guarded > 0
+
+
+@pytest.mark.parametrize("max_dense_dim", [512, 1], ids=["dense", "diagonal"])
+def test_flat_direction_leaves_a_finite_gaussian(max_dense_dim):
+    """An improper target: no information about x_2. The other coordinates are still right."""
+
+    class Flat(GaussianTarget):
+        def log_density_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            log_density, score = super().log_density_and_score(x[:, :2])
+            return log_density, torch.cat([score, torch.zeros(len(x), 1)], 1)
+
+        @property
+        def dim(self) -> int:
+            return 3
+
+    got = fit(Flat(torch.tensor([1.0, -2.0]), torch.eye(2)), max_dense_dim=max_dense_dim)
+    assert got.affine.loc.isfinite().all()
+    assert got.affine.scale_tril.isfinite().all()
+    covariance = got.affine.covariance if max_dense_dim > 1 else got.affine.covariance.diag()
+    assert (got.affine.loc[:2] - torch.tensor([1.0, -2.0])).abs().max() < 1e-3
+    torch.testing.assert_close(covariance[:2, :2], torch.eye(2), rtol=1e-3, atol=1e-3)
+
+
+# --- a given Gaussian ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("covariance", [torch.tensor([4.0, 9.0]), torch.tensor([[4.0, 1.0], [1.0, 9.0]])])
+def test_fixed_gaussian_asks_nothing_of_the_target(covariance):
+    p = GaussianTarget(torch.zeros(2), torch.eye(2))
+    got = FixedGaussian(torch.ones(2, dtype=torch.float32), covariance.float()).fit(p, torch.zeros(1, 2))
+    torch.testing.assert_close(got.affine.covariance, covariance.double())
+    torch.testing.assert_close(got.affine.loc, torch.ones(2))
+    assert got.num_evaluations == p.num_evaluations == 0
+    assert math.isnan(got.elbo)
+    assert got.path_ends.shape == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("loc", "covariance", "message"),
+    [
+        (torch.zeros(2), torch.eye(3), "got shapes"),
+        (torch.zeros(2, 2), torch.eye(2), "got shapes"),
+        (torch.zeros(2), torch.tensor([1.0, -1.0]), "positive"),
+        (torch.zeros(2), torch.tensor([1.0, 0.0]), "positive"),
+        (torch.zeros(2), torch.tensor([[1.0, 2.0], [2.0, 1.0]]), "positive"),
+        (torch.zeros(2), torch.tensor([1.0, math.nan]), "positive"),
+        (torch.tensor([0.0, math.nan]), torch.ones(2), "finite"),
+    ],
+)
+def test_fixed_gaussian_refuses_what_is_no_gaussian(loc, covariance, message):
+    with pytest.raises(ArgumentError, match=message):
+        FixedGaussian(loc, covariance)
+
+
+def test_fixed_gaussian_refuses_another_dimension():
+    with pytest.raises(ArgumentError, match="2 dims, the target 3"):
+        FixedGaussian(torch.zeros(2), torch.ones(2)).fit(
+            GaussianTarget(torch.zeros(3), torch.eye(3)), torch.zeros(1, 3)
+        )
+
+
+@pytest.mark.parametrize(
+    "settings", [{"num_steps": -1}, {"batch_size": 1}, {"max_path_steps": 0}, {"elbo_draws": 0}], ids=str
+)
+def test_batch_and_match_refuses_settings_out_of_range(settings):
+    with pytest.raises(ArgumentError, match="expected"):
+        BatchAndMatch(**settings)
