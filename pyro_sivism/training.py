@@ -152,7 +152,10 @@ class Training:
         """The M step of variational EM: move the model's parameters up ``E_q[log p]`` at the guide's own draws."""
         log_density = self.target.log_density(x)
         finite = log_density.isfinite()
-        loss = -torch.where(finite, log_density, 0.0).sum() / finite.sum().clamp(min=1)
+        if not bool(finite.all()):
+            # Masked in the sum, a NaN would still have a NaN gradient: evaluate without those particles.
+            log_density = self.target.log_density(x[finite])
+        loss = -log_density.sum() / finite.sum().clamp(min=1)
         gradients = torch.autograd.grad(loss, list(stepper.params.values()), allow_unused=True)
         stepper.step(gradients, lr_factor)
 

@@ -447,6 +447,22 @@ def test_nonfinite_particles_are_warned_about_once_and_counted():
 
 
 @pytest.mark.usefixtures("small_recipe")
+@pytest.mark.parametrize("optim", [None, pyro.optim.Adam({"lr": 1e-2})], ids=["default", "pyro"])
+def test_nonfinite_particles_leave_the_models_parameters_finite(optim):
+    def cut_off():
+        edge = pyro.param("edge", torch.tensor(1.0))
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.factor("root", (edge - x).sqrt())
+
+    sivism = quick(cut_off, optim=optim)
+    with pytest.warns(NonFiniteWarning):
+        fit = sivism.run(5, progress_bar=False)
+    assert fit.num_nonfinite > 0
+    assert pyro.param("edge").isfinite()
+    assert pyro.param("edge") > 1.0  # d log p / d edge > 0 everywhere
+
+
+@pytest.mark.usefixtures("small_recipe")
 def test_a_step_where_nothing_is_finite_raises_and_changes_no_guide():
     def poisoned(factor):
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
