@@ -70,8 +70,8 @@ class Target:
         ...     pyro.sample("x", dist.LogNormal(0.0, 1.0))
         >>> trace = poutine.trace(model).get_trace()
         >>> target = Target(model, LatentLayout.from_trace(trace), trace)
-        >>> target.score(torch.tensor([[0.0], [2.0]])).flatten().tolist()
-        [-0.0, -2.0]
+        >>> target.score(torch.tensor([[1.0], [2.0]])).flatten().tolist()
+        [-1.0, -2.0]
         >>> target.path.name
         'vmap'
     """

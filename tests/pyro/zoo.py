@@ -622,3 +622,18 @@ def partly_observed():
             pyro.sample("y", dist.Normal(mu, 0.5), obs=y, obs_mask=seen)
 
     return model, fixed(4), torch.tensor([True, False, True, True])
+
+
+@animal("a mask around enumerated sites: a padded sequence", ONLY_VMAP)
+def padded_sequence():
+    def model(y, length):
+        locs = pyro.sample("locs", dist.Normal(torch.tensor([-1.0, 1.0]), 1.0).to_event(1))
+        stay = pyro.sample("stay", dist.Beta(2.0, 1.0))
+        state = torch.tensor(0.0)
+        for t in pyro.markov(range(len(y))):
+            with poutine.mask(mask=torch.tensor(t < length)):
+                state = pyro.sample(f"state_{t}", dist.Bernoulli(torch.where(state > 0, stay, 1 - stay)))
+                mean = torch.where(state > 0, locs[1], locs[0])
+                pyro.sample(f"y_{t}", dist.Normal(mean, 1.0), obs=y[t])
+
+    return model, fixed(4), 2
