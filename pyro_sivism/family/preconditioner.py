@@ -14,6 +14,7 @@ The covariance is dense up to ``max_dense_dim`` and diagonal beyond. The algebra
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -282,6 +283,6 @@ def _whitened_scores(target: _Counter, affine: AffineMap, noise: Tensor) -> tupl
     return noise[finite], score / norm.clamp(min=1.0), guarded
 
 
-def _symmetric_function(matrix: Tensor, function) -> Tensor:
+def _symmetric_function(matrix: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     eigenvalues, vectors = torch.linalg.eigh(0.5 * (matrix + matrix.mT))
     return (vectors * function(eigenvalues)) @ vectors.mT
