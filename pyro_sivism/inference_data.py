@@ -66,7 +66,8 @@ def to_inference_data(
 
     The log likelihood has neither a minibatch's scale nor that of ``poutine.scale``, and an observation that is
     masked out (``poutine.mask``, ``obs_mask``) has log likelihood 0, as it has in the model: sums over observations
-    are right, but ``az.loo`` counts it as a data point. ``pyro.factor`` is part of ``lp`` and no observation.
+    are right, but ``az.loo`` counts it as a data point. ``pyro.factor`` is part of ``lp`` and no observation, and
+    draws from the prior know nothing of it; so is a site whose ``obs`` depends on latents.
     Discrete latents are summed out of the log likelihood where they belong to one observation each, and are drawn
     for the predictive.
 
@@ -121,10 +122,11 @@ def to_inference_data(
     for site, reason in replay.left_out.items():
         _warn_left_out(f"site '{site}'", reason)
 
-    observed, moving = replay.observed()
-    for site, reason in moving.items():
-        _warn_left_out(f"'{site}' of observed_data", reason)
-    constant = _constant_data(sivism.model, args, kwargs, observed.values()) if constant_data is None else constant_data
+    for site in replay.moving_sites:
+        _warn_left_out(f"site '{site}'", "its observed value depends on the latents, so it is a term of lp and no data")
+    constant = (
+        _constant_data(sivism.model, args, kwargs, replay.observed.values()) if constant_data is None else constant_data
+    )
     constants = {name: _numpy(value) for name, value in constant.items()}
     labels = _Labels(replay.sites, {name: value.ndim for name, value in constants.items()}, coords, dims)
     groups: dict[str, xarray.Dataset] = {}
@@ -152,7 +154,7 @@ def to_inference_data(
         drawn = _draw_prior(replay, num_prior, batch_size)
         groups["prior"] = labels.dataset(_of_kind(drawn, replay, "latent", "deterministic"))
         groups["prior_predictive"] = labels.dataset(_of_kind(drawn, replay, "observed"))
-    groups["observed_data"] = labels.dataset(observed, sampled=False)
+    groups["observed_data"] = labels.dataset(replay.observed, sampled=False)
     groups["constant_data"] = labels.dataset(constants, sampled=False)
     groups["unconstrained_posterior"] = labels.unconstrained({s.name: u for s, u in layout.split(x)}, layout)
     return _container(groups, _fit_attrs(sivism))
@@ -201,6 +203,12 @@ def _draw_prior(replay: Replay, num_samples: int, batch_size: int | None) -> dic
         flat = ", ".join(f"'{name}'" for name in replay.flat_sites)
         reason = f"the density of {flat} is masked, so the prior is not the distribution it is sampled from"
         _warn_left_out("prior and prior_predictive", reason)
+        return {}
+    if replay.moving_sites:
+        terms = ", ".join(f"'{name}'" for name in replay.moving_sites)
+        _warn_left_out(
+            "prior and prior_predictive", f"{terms} changes the prior, and the model does not draw from that"
+        )
         return {}
     return _simulate(replay, "prior and prior_predictive", num_samples, None, batch_size)
 

@@ -118,6 +118,8 @@ class Replay:
 
     Attributes:
         flat_sites: latents whose own density is masked away, so that the model does not draw them from their prior.
+        observed: the observed values at full plate size, by site.
+        moving_sites: observed sites whose value depends on the latents, which are terms of the density and no data.
         sites: every latent, discrete, observed and deterministic site that can be had at full size.
         left_out: site -> why it cannot.
 
@@ -175,6 +177,7 @@ class Replay:
         self._enumerates = any(site.kind == "discrete" for site in self.sites.values())
         if any(frame.vectorized for frame in self._subsampled.values()):
             self._check_data_follow_indices()
+        self.observed, self.moving_sites = self._find_data()
 
     def of_kind(self, kind: str) -> dict[str, ReplaySite]:
         return {name: site for name, site in self.sites.items() if site.kind == kind}
@@ -191,15 +194,6 @@ class Replay:
         return list(self._cover()) if even and not self.left_out else None
 
     # --- what is asked for --------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def observed(self) -> tuple[Tensors, dict[str, str]]:
-        """The observed values at full size, and the observed sites left out: those that move with the latents."""
-        values = self._latents_at_origin(2)
-        found = self._over_minibatches(self._observe, values, self._loop)
-        constant = {name: value[0] for (_, name), value in found.items() if _same(value[0], value[1])}
-        why = "its observed value depends on the latents, so there is no one data set"
-        return constant, {name: why for _, name in found if name not in constant}
 
     @torch.no_grad()
     def evaluate(self, values: Mapping[str, Tensor], batch_size: int | None = None) -> Evaluation:
@@ -391,6 +385,16 @@ class Replay:
             parts.append([(name, order[start : start + width].to(self.layout.device)) for start in starts])
         for combination in itertools.product(*parts):
             yield {**self._fixed_indices, **dict(combination)}
+
+    @torch.no_grad()
+    def _find_data(self) -> tuple[Tensors, list[str]]:
+        """The data at full size. An observed value that moves with the latents is none: ``obs=theta`` adds a term to
+        the density, and a likelihood or a prediction of it has no meaning, so such a site is no longer held as one."""
+        found = self._over_minibatches(self._observe, self._latents_at_origin(2), self._loop)
+        moving = [name for (_, name), value in found.items() if not _same(value[0], value[1])]
+        for name in moving:
+            del self.sites[name]
+        return {name: value[0] for (_, name), value in found.items() if name not in moving}, moving
 
     def _latents_at_origin(self, num_draws: int) -> Tensors:
         """Latents at unconstrained points near 0, for questions whose answer should not depend on them."""

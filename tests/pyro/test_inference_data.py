@@ -297,6 +297,21 @@ def test_a_flat_prior_is_not_passed_off_as_the_distribution_it_masks():
     assert not {"prior", "prior_predictive"} & groups_of(convert(model, Y, prior=False))  # and no warning
 
 
+def test_an_observation_of_a_latent_is_a_prior_and_no_data():
+    def model(y):
+        sigma = pyro.sample("sigma", dist.HalfNormal(1.0))
+        pyro.sample("sigma_prior", dist.Gamma(2.0, 1.0), obs=sigma)
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(0.0, sigma), obs=y)
+
+    with pytest.warns(SivismWarning) as caught:
+        idata = convert(model, Y)
+    assert all("'sigma_prior'" in str(warning.message) for warning in caught)
+    for group in ("observed_data", "log_likelihood", "posterior_predictive"):
+        assert set(idata[group].data_vars) == {"y"}
+    assert "prior" not in groups_of(idata)
+
+
 def test_a_prior_without_a_sampler_costs_no_other_group():
     class OnlyDensity(dist.Normal):
         def sample(self, sample_shape=()):

@@ -70,9 +70,8 @@ def test_log_likelihood_of_each_observation(model, float64):
     assert path_of(replay, {"mu": mu})[0] == ("_loop" if model is branching else "_vmap")
     got = replay.evaluate({"mu": mu}, batch_size=13).log_likelihood["y"]
     torch.testing.assert_close(got, normal_log_prob(y, mu[:, None], 2.0), rtol=1e-12, atol=1e-12)
-    observed, moving = replay.observed()
-    assert torch.equal(observed["y"], y)
-    assert not moving
+    assert torch.equal(replay.observed["y"], y)
+    assert not replay.moving_sites
 
 
 @pytest.mark.parametrize("model", [plain, branching, subsampled, without_plate])
@@ -120,7 +119,7 @@ def test_two_subsampled_plates_are_covered_together(float64):
 
     mu, beta = torch.randn(S), torch.randn(S, 4)
     replay = make(model, y)
-    assert torch.equal(replay.observed()[0]["y"], y)
+    assert torch.equal(replay.observed["y"], y)
     got = replay.evaluate({"mu": mu, "beta": beta}).log_likelihood["y"]
     mean = (mu[:, None] + beta)[:, None]
     torch.testing.assert_close(got, normal_log_prob(y, mean, 2.0), rtol=1e-12, atol=1e-12)
@@ -293,9 +292,10 @@ def test_an_observation_that_moves_with_the_latents_is_no_data():
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
         pyro.sample("gap", dist.Normal(0.0, 1.0), obs=x - 1.0)
 
-    observed, moving = make(model).observed()
-    assert observed == {}
-    assert "depends on the latents" in moving["gap"]
+    replay = make(model)
+    assert replay.observed == {}
+    assert replay.moving_sites == ["gap"]
+    assert replay.evaluate({"x": torch.zeros(S)}).log_likelihood == {}
 
 
 def test_sequential_minibatches_are_left_out():
