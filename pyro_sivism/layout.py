@@ -262,6 +262,12 @@ def check_support(msg: dict) -> None:
             f"latent site '{name}' is a Delta, which has no density; expected a continuous distribution. Cure: "
             f"pyro.deterministic('{name}', value)."
         )
+    if any(isinstance(bound, Tensor) and bound.requires_grad for bound in vars(fn.support).values()):
+        raise UnsupportedSiteError(
+            f"latent site '{name}' ({type(fn).__name__}) has a support whose bounds are learned parameters; expected a "
+            "fixed support. Draw it on a fixed one and transform it, e.g. u = pyro.sample('u', Uniform(0, 1)); "
+            "x = low + (high - low) * u."
+        )
     try:
         bijection(fn.support)
     except NotImplementedError:

@@ -208,14 +208,15 @@ def clip_gradients(gradients: Sequence[Tensor | None], max_norm: float, whose: s
     """The gradients scaled down to a total norm of ``max_norm``.
 
     Raises:
-        NonFiniteError: the total norm is NaN or infinite; nothing has been updated.
+        NonFiniteError: the total norm is NaN or infinite.
     """
     present = [g for g in gradients if g is not None]
-    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in present]))
+    norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in present]  # float32 squares overflow at 1e19
+    norm = torch.linalg.vector_norm(torch.stack(norms))
     if not bool(norm.isfinite()):
         raise NonFiniteError(
-            f"the {whose}'s gradient is not finite; no parameter was changed. Lower the learning rate, or check the "
-            "model for overflow far from the posterior (float64 data often cures it)."
+            f"the {whose}'s gradient is not finite; the {whose} was left as it is. Lower the learning rate, or check "
+            "the model for overflow far from the posterior (float64 data often cures it)."
         )
     scale = (max_norm / norm.clamp(min=1e-12)).clamp(max=1.0)
-    return [None if g is None else g * scale for g in gradients]
+    return [None if g is None else g * scale.to(g.dtype) for g in gradients]

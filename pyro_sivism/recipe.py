@@ -40,7 +40,7 @@ class Recipe:
     critic_lr: float
     input_lr_factor: float
     scale_depends_on_z: bool
-    min_scale: float
+    min_scale: float = 0.3
     init_scale: float = 0.75
     max_scale: float = 1.2
     ramp_steps: int = 50
@@ -53,10 +53,10 @@ class Recipe:
     def for_dim(cls, dim: int) -> Recipe:
         """The defaults for D = ``dim``.
 
-        The floor of the conditional sd grows as sqrt(D) up to .3. The critic is regressed on D numbers of variance
-        1/sd^2, so that its error in norm is about sqrt(D)/sd; where it is too large to resolve q, q's score comes out
-        too flat, which pushes the sd down further, until it sits at the floor. With a floor of .1 a Gaussian-process
-        regression of 13 dimensions collapsed that way; with .3 it reached the noise of its reference.
+        The floor of the conditional sd is .3: the critic is regressed on numbers of variance 1/sd^2, and where its
+        error is too large to resolve q, q's score comes out too flat, which pushes the sd down further, until it sits
+        at the floor. With a floor of .1 a Gaussian-process regression of 13 dimensions and two crossed Gaussians in
+        the plane collapsed that way; above .4 a curved ridge is too blurred.
 
         Up to D = 32 the conditional sd follows z. Beyond, that diverged in measurements: the sd is one constant per
         coordinate, the guide moves more slowly, and the critic gets one more step.
@@ -73,7 +73,6 @@ class Recipe:
             critic_lr=6e-3,
             input_lr_factor=min(1.0, 16.0 / dim),
             scale_depends_on_z=small,
-            min_scale=min(0.3, 0.09 * dim**0.5),
         )
 
 

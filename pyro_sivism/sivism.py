@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
@@ -17,6 +19,7 @@ from tqdm.auto import tqdm
 from pyro_sivism.errors import ArgumentError, NotSetUpError, TargetPathWarning
 from pyro_sivism.family import BatchAndMatch, GaussianFit, Preconditioner, WhitenedTarget
 from pyro_sivism.guide import SemiImplicitGuide
+from pyro_sivism.inference_data import to_inference_data
 from pyro_sivism.layout import LatentLayout
 from pyro_sivism.objectives import Objective, PathGradientKL
 from pyro_sivism.optimizers import OptimizerLike, check_optimizer
@@ -31,6 +34,7 @@ __all__ = ["SIVISM"]
 
 Callback = Callable[["SIVISM", StepInfo], "bool | None"]
 
+_CONVERSION_KEYWORDS = frozenset(inspect.signature(to_inference_data).parameters)
 _NUM_STARTS = 4
 _MAX_START_TRIES = 100
 
@@ -110,8 +114,8 @@ class SIVISM:
                 "semi-implicit one does not have."
             )
         for name, value in (("num_particles", num_particles), ("critic_steps", critic_steps)):
-            if value is not None and value < 1:
-                raise ArgumentError(f"expected {name} of at least 1, got {value}")
+            if value is not None and not (_is_integer(value) and value >= 1):
+                raise ArgumentError(f"expected {name} to be an integer of at least 1, got {value!r}")
         check_optimizer(optim, "optim")
         check_optimizer(critic_optim, "critic_optim")
         self.model, self.guide, self.optim, self.critic_optim = model, guide, optim, critic_optim
@@ -144,7 +148,9 @@ class SIVISM:
     @property
     def num_steps_taken(self) -> int:
         """Guide steps since set-up, over all runs and resumptions."""
-        return 0 if self._training is None else self._training.num_steps
+        if self._training is not None:
+            return self._training.num_steps
+        return 0 if self._saved is None else self._saved["training"]["num_steps"]
 
     def setup(self, *args: Any, **kwargs: Any) -> SIVISM:
         """Run the model once, choose how to compute its score, fit the Gaussian, and warm the critic up.
@@ -293,7 +299,7 @@ class SIVISM:
 
         Ctrl-C ends the run and keeps the fit.
         """
-        if num_steps is not None and not (isinstance(num_steps, int) and num_steps >= 0):
+        if num_steps is not None and not (_is_integer(num_steps) and num_steps >= 0):
             raise ArgumentError(
                 f"expected num_steps to be None or an integer of at least 0 as run's first argument, got "
                 f"{type(num_steps).__name__}; the model's arguments come after it: run(None, data)"
@@ -359,10 +365,25 @@ class SIVISM:
         sizes = [min(batch_size, num_samples - i) for i in range(0, num_samples, batch_size)]
         return torch.cat([self.guide.sample_unconstrained(size) for size in sizes])
 
+    def to_inference_data(self, *args: Any, num_samples: int = 1000, **kwargs: Any) -> Any:
+        """The fit as an ArviZ ``InferenceData`` (an ``xarray.DataTree`` on ArviZ 1.x).
+
+        Posterior, predictives, pointwise log likelihoods, prior and data, with the plates' names as dims. Takes the
+        model's arguments (those of the last step if none) and the keywords of
+        :func:`pyro_sivism.inference_data.to_inference_data`, which documents the groups: ``coords``, ``dims``,
+        ``posterior_predictive``, ``log_likelihood``, ``prior``, ``constant_data``, ``batch_size``.
+        """
+        if self._saved is not None and (args or kwargs):  # the model's learned parameters are still in the file
+            self._bind(args, {k: v for k, v in kwargs.items() if k not in _CONVERSION_KEYWORDS})
+        return to_inference_data(self, *args, num_samples=num_samples, **kwargs)
+
     # --- saving -------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the fit to a file: the guide, the critic, the optimizers' states and the model's parameters."""
+        if self._saved is not None:  # loaded, and not gone on with
+            torch.save(self._saved, path)
+            return
         training = self._require_training()
         state = {
             "guide": self.guide,
@@ -391,6 +412,10 @@ class SIVISM:
         return sivism
 
 
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _signature(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple:
     """What stays the same between minibatches of one problem: structure, shapes, dtypes and plain values."""
     leaves, structure = tree_flatten((tuple(args), kwargs))
@@ -398,6 +423,8 @@ def _signature(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple:
     return str(structure), *(
         (leaf.shape, leaf.dtype, leaf.device)
         if isinstance(leaf, Tensor)
+        else (type(leaf), leaf.shape, leaf.dtype)
+        if isinstance(leaf, np.ndarray)
         else (type(leaf), leaf if isinstance(leaf, plain) else id(leaf))
         for leaf in leaves
     )

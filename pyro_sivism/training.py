@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_sivism.errors import NonFiniteWarning
+from pyro_sivism.errors import ModelError, NonFiniteWarning
 from pyro_sivism.family import SemiImplicit, TargetDensity
 from pyro_sivism.objectives import GuideLoss, Objective
 from pyro_sivism.optimizers import OptimizerLike, Stepper, clip_gradients, make_stepper
@@ -110,7 +110,7 @@ class Training:
         """Take one step, as the module docstring says.
 
         Raises:
-            NonFiniteError: every particle's score is non-finite, or a gradient is; nothing has been updated.
+            NonFiniteError: every particle's score is non-finite, or a gradient is; the guide has not been moved.
         """
         lr_factor = self._lr_factor()
         for _ in range(self.recipe.critic_steps):
@@ -144,7 +144,10 @@ class Training:
             if update_moments is not None:
                 update_moments(sample.x)
         loss = self.objective.critic_loss(sample, self.num_steps)
-        gradients = torch.autograd.grad(loss, list(self._critic_stepper.params.values()), allow_unused=True)
+        params = list(self._critic_stepper.params.values())
+        if not params:  # a critic in closed form
+            return loss.detach()
+        gradients = torch.autograd.grad(loss, params, allow_unused=True)
         self._critic_stepper.step(clip_gradients(gradients, self.recipe.clip_norm, "critic"), lr_factor)
         return loss.detach()
 
@@ -156,7 +159,13 @@ class Training:
             # Masked in the sum, a NaN would still have a NaN gradient: evaluate without those particles.
             log_density = self.target.log_density(x[finite])
         loss = -log_density.sum() / finite.sum().clamp(min=1)
-        gradients = torch.autograd.grad(loss, list(stepper.params.values()), allow_unused=True)
+        params = list(stepper.params.values())
+        gradients = torch.autograd.grad(loss, params, allow_unused=True) if loss.requires_grad else [None] * len(params)
+        if all(gradient is None for gradient in gradients):
+            raise ModelError(
+                f"the log density no longer depends on the model's parameters {list(stepper.params)}, which it did at "
+                "set-up. If the param store was cleared, make a new SIVISM."
+            )
         stepper.step(gradients, lr_factor)
 
     @torch.no_grad()

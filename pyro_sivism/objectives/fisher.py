@@ -49,8 +49,8 @@ class FisherDivergence(Objective):
         self.annealing_steps, self.annealing_start = annealing_steps, annealing_start
 
     def adapt_recipe(self, recipe: Recipe) -> Recipe:
-        """One critic step or a low floor of the conditional sd made the game diverge in measurements."""
-        return replace(recipe, critic_steps=max(3, recipe.critic_steps), min_scale=max(0.3, recipe.min_scale))
+        """With fewer critic steps the game diverged in measurements."""
+        return replace(recipe, critic_steps=max(3, recipe.critic_steps))
 
     def make_critic(self, dim: int, hidden_dims: Sequence[int]) -> nn.Module:
         return ScoreNetwork(dim, hidden_dims, gaussian_base=self.target_residual)

@@ -121,6 +121,7 @@ class Target:
             if site_is_subsample(msg) and msg["fn"].subsample_size is not None
             if msg["fn"].subsample_size < msg["fn"].size
         }
+        self._plate_sizes = {name: fn.size for name, fn in self._subsamples.items()}
         self.resample_minibatch()
         self._path = self._choose_path(self.layout.init_from_trace(trace))
 
@@ -237,7 +238,7 @@ class Target:
         if self._enumerates:
             log_joint: Tensor | float = enumerated_log_joint(self._trace(x))
         else:
-            handler = LogJoint(self._sites, self.layout.constrain(x), self.minibatch)
+            handler = LogJoint(self._sites, self.layout.constrain(x), self.minibatch, self._plate_sizes)
             with handler:
                 self.model(*self.args, **self.kwargs)
             log_joint = handler.log_joint
@@ -250,7 +251,7 @@ class Target:
         num_particles, nesting = x.shape[0], self._max_plate_nesting
         aligned = x.reshape((num_particles,) + (1,) * nesting + (self.dim,))
         values = {site.name: site.transform(u) for site, u in self.layout.split_aligned(aligned)}
-        handler = LogJoint(self._sites, values, self.minibatch, particle_dim=-1 - nesting)
+        handler = LogJoint(self._sites, values, self.minibatch, self._plate_sizes, particle_dim=-1 - nesting)
         with handler, pyro.plate(PARTICLE_PLATE, num_particles, dim=-1 - nesting):
             self.model(*self.args, **self.kwargs)
         return handler.log_joint + self.layout.log_abs_det_jacobian(x)
@@ -258,7 +259,8 @@ class Target:
     def _trace(self, x: Tensor) -> Trace:
         """One run of the model at one point ``(D,)``, discrete latents enumerated."""
         model, capture = self.model, poutine.trace()
-        with capture, SubstituteLatents(self._sites, self.layout.constrain(x), self.minibatch), ExitStack() as stack:
+        substitute = SubstituteLatents(self._sites, self.layout.constrain(x), self.minibatch, self._plate_sizes)
+        with capture, substitute, ExitStack() as stack:
             if self._enumerates:
                 stack.enter_context(Enumerate(first_available_dim=-1 - self._max_plate_nesting))
                 model = config_enumerate(model, default="parallel")

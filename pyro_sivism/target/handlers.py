@@ -24,7 +24,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_sivism.errors import ModelError
+from pyro_sivism.errors import LayoutChangedError, ModelError
 from pyro_sivism.layout import LatentSite
 
 __all__ = ["Enumerate", "LogJoint", "SubstituteLatents", "enumerated_log_joint"]
@@ -37,13 +37,19 @@ class SubstituteLatents(Messenger):
         sites: the latent sites, by name.
         values: their values on the support, at full plate size.
         minibatch: plate name -> the indices to use wherever the model would draw them.
+        plate_sizes: plate name -> the full size that the indices were drawn from.
     """
 
     def __init__(
-        self, sites: Mapping[str, LatentSite], values: Mapping[str, Tensor], minibatch: Mapping[str, Tensor]
+        self,
+        sites: Mapping[str, LatentSite],
+        values: Mapping[str, Tensor],
+        minibatch: Mapping[str, Tensor],
+        plate_sizes: Mapping[str, int],
     ) -> None:
         super().__init__()
         self._sites, self._values, self._minibatch = sites, values, minibatch
+        self._plate_sizes = plate_sizes
         self._indices: dict[str, Tensor] = {}
         self._drawn: set[str] = set()
 
@@ -51,6 +57,12 @@ class SubstituteLatents(Messenger):
         name = msg["name"]
         if site_is_subsample(msg):
             if msg["value"] is None and name in self._minibatch:
+                if msg["fn"].size != self._plate_sizes[name]:
+                    raise LayoutChangedError(
+                        f"plate '{name}' had size {self._plate_sizes[name]} when the arguments were first seen and has "
+                        f"{msg['fn'].size} now, though they are the same objects. Pass new arguments rather than "
+                        "change old ones in place, so that the change is noticed."
+                    )
                 msg["value"] = self._minibatch[name]
                 msg["done"] = True
             return
@@ -110,9 +122,10 @@ class LogJoint(SubstituteLatents):
         sites: Mapping[str, LatentSite],
         values: Mapping[str, Tensor],
         minibatch: Mapping[str, Tensor],
+        plate_sizes: Mapping[str, int],
         particle_dim: int | None = None,
     ) -> None:
-        super().__init__(sites, values, minibatch)
+        super().__init__(sites, values, minibatch, plate_sizes)
         self._particle_dim = particle_dim
         self.log_joint: Tensor | float = 0.0
 

@@ -1,0 +1,128 @@
+"""Eight schools: from a Pyro model to an ArviZ posterior, beside NUTS.
+
+Rubin (1981) collected the effect of coaching on test scores in eight schools, with standard errors. The hierarchical
+model asks how much the schools differ (tau) and what each effect is once they inform one another. Written two ways it
+is the same posterior in two geometries: *centered*, where theta ~ Normal(mu, tau) makes a funnel, and *non-centered*,
+where theta = mu + tau * theta_raw and the funnel is gone.
+
+    python tutorials/eight_schools.py [--out DIR]
+
+fits both with SIVISM's defaults, runs NUTS for comparison, prints summaries, and writes ``eight_schools.nc`` and
+``eight_schools.png``.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import arviz as az
+import matplotlib.pyplot as plt
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import MCMC, NUTS, Predictive
+
+from pyro_sivism import SIVISM
+
+SCHOOLS = [
+    "Choate",
+    "Deerfield",
+    "Phillips Andover",
+    "Phillips Exeter",
+    "Hotchkiss",
+    "Lawrenceville",
+    "St. Paul's",
+    "Mt. Hermon",
+]
+EFFECT = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+STANDARD_ERROR = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+
+
+def centered(effect: torch.Tensor, standard_error: torch.Tensor) -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+    with pyro.plate("school", len(effect)):
+        theta = pyro.sample("theta", dist.Normal(mu, tau))
+        pyro.sample("effect", dist.Normal(theta, standard_error), obs=effect)
+
+
+def non_centered(effect: torch.Tensor, standard_error: torch.Tensor) -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+    with pyro.plate("school", len(effect)):
+        theta_raw = pyro.sample("theta_raw", dist.Normal(0.0, 1.0))
+        theta = pyro.deterministic("theta", mu + tau * theta_raw)
+        pyro.sample("effect", dist.Normal(theta, standard_error), obs=effect)
+
+
+def fit_sivism(model) -> tuple[az.InferenceData, dict[str, float]]:
+    """Fit with the defaults and convert; also the seconds of each part."""
+    sivism = SIVISM(model)
+    fit = sivism.run(None, EFFECT, STANDARD_ERROR, progress_bar=False)
+    started = time.perf_counter()
+    idata = sivism.to_inference_data(EFFECT, STANDARD_ERROR, num_samples=2000, coords={"school": SCHOOLS})
+    return idata, {**fit.seconds, "conversion": time.perf_counter() - started}
+
+
+def run_nuts(model) -> tuple[dict[str, np.ndarray], float]:
+    """1,000 draws after 1,000 of warm-up, with every site of the model."""
+    started = time.perf_counter()
+    mcmc = MCMC(NUTS(model, jit_compile=True, ignore_jit_warnings=True), 1000, 1000, disable_progbar=True)
+    mcmc.run(EFFECT, STANDARD_ERROR)
+    draws = mcmc.get_samples()
+    draws |= Predictive(model, draws, return_sites=["theta"])(EFFECT, STANDARD_ERROR)
+    seconds = time.perf_counter() - started
+    return {name: draws[name].reshape(1000, -1).squeeze(-1).numpy() for name in ("mu", "tau", "theta")}, seconds
+
+
+def plot(posteriors: dict[str, dict[str, np.ndarray]], path: Path) -> None:
+    """The funnel of log tau against one school's effect, and the marginals, one colour a method."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), constrained_layout=True)
+    colours = ["#333333", "#0072b2", "#d55e00"]
+    for (label, draws), colour in zip(posteriors.items(), colours):
+        axes[0].scatter(
+            draws["theta"][:1000, 0], np.log(draws["tau"][:1000]), s=4, alpha=0.4, color=colour, label=label
+        )
+        for axis, values in ((axes[1], np.log(draws["tau"])), (axes[2], draws["mu"])):
+            axis.hist(values, bins=50, density=True, histtype="step", linewidth=1.5, color=colour)
+    axes[0].set(xlabel=f"theta[{SCHOOLS[0]}]", ylabel="log tau", xlim=(-25, 45), ylim=(-4, 4))
+    axes[0].legend(markerscale=4)
+    axes[1].set(xlabel="log tau", ylabel="density", xlim=(-5, 5))
+    axes[2].set(xlabel="mu", ylabel="density")
+    figure.suptitle("Eight schools")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("."), help="where the .nc file and the picture go")
+    out = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # the model is small: threads only get in each other's way
+    pyro.set_rng_seed(0)
+
+    posteriors, seconds = {}, {}
+    posteriors["NUTS (non-centered)"], seconds["NUTS"] = run_nuts(non_centered)
+    for name, model in (("non-centered", non_centered), ("centered", centered)):
+        idata, parts = fit_sivism(model)
+        seconds[f"SIVISM, {name}"] = sum(parts.values())
+        print(f"\nSIVISM, {name}: " + ", ".join(f"{part} {s:.1f} s" for part, s in parts.items()))
+        print(az.summary(idata, var_names=["mu", "tau", "theta"], kind="stats", round_to=2))
+        posterior = idata.posterior
+        posteriors[f"SIVISM ({name})"] = {site: posterior[site].values[0] for site in ("mu", "tau", "theta")}
+        if name == "non-centered":
+            path = out / "eight_schools.nc"
+            idata.to_netcdf(path)
+            print(f"posterior in {path}")
+    plot(posteriors, out / "eight_schools.png")
+
+    print(f"\n{'':24s} {'seconds':>8s} {'E[mu]':>8s} {'E[tau]':>8s} {'sd[tau]':>8s}")
+    for (label, draws), took in zip(posteriors.items(), seconds.values()):
+        mu, tau = draws["mu"], draws["tau"]
+        print(f"{label:24s} {took:8.1f} {mu.mean():8.2f} {tau.mean():8.2f} {tau.std():8.2f}")
+    print(f"picture in {out / 'eight_schools.png'}")
+
+
+if __name__ == "__main__":
+    main()
