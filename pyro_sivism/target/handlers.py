@@ -72,6 +72,11 @@ class SubstituteLatents(Messenger):
             msg["value"] = self._take_minibatch(msg, self._values[name])
             msg["done"] = True
             self._drawn.add(name)
+            if name.endswith("_unobserved"):
+                # pyro.sample(..., obs_mask=) makes a latent of every entry and masks the density of the observed
+                # ones, whose values nothing reads: flat directions without a posterior. Unmasked they have their
+                # prior given the other latents, which integrates to one and changes nothing else.
+                msg["mask"] = None
         elif msg["infer"].get("enumerate") == "sequential":
             raise ModelError(
                 f"discrete site '{name}' is marked infer={{'enumerate': 'sequential'}}, but discrete latents are "

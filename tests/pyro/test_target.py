@@ -379,3 +379,29 @@ def test_the_number_of_evaluations_counts_points():
     target.score(torch.zeros(7, target.dim))
     target.log_density(torch.zeros(2, target.dim))
     assert target.num_evaluations == 9
+
+
+def test_obs_mask_leaves_no_flat_direction(float64):
+    """The entries that are observed keep their prior, so that every latent has a proper posterior."""
+
+    def partly_observed(y, seen):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(mu, 0.5), obs=y, obs_mask=seen)
+
+    def by_hand(y, seen):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y_unobserved", dist.Normal(mu, 0.5))
+            pyro.sample("y_observed", dist.Normal(mu, 0.5).mask(seen), obs=y)
+
+    args = torch.tensor([0.3, 1.0, -0.4]), torch.tensor([True, False, True])
+    x = torch.randn(5, 4)
+    targets = []
+    for model in (partly_observed, by_hand):
+        trace = poutine.trace(model).get_trace(*args)
+        targets.append(Target(model, LatentLayout.from_trace(trace), trace, args))
+    masked, plain = targets
+    assert masked.layout.names == plain.layout.names == ("mu", "y_unobserved")
+    torch.testing.assert_close(masked.log_density(x), plain.log_density(x))
+    torch.testing.assert_close(masked.score(x), plain.score(x))

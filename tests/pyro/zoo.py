@@ -614,16 +614,6 @@ def gaussian_hmm():
     return model, fixed(4, 1)
 
 
-@animal("partly observed data by obs_mask: the rest is latent")
-def partly_observed():
-    def model(y, seen):
-        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-        with pyro.plate("data", len(y)):
-            pyro.sample("y", dist.Normal(mu, 0.5), obs=y, obs_mask=seen)
-
-    return model, fixed(4), torch.tensor([True, False, True, True])
-
-
 @animal("a mask around enumerated sites: a padded sequence", ONLY_VMAP)
 def padded_sequence():
     def model(y, length):
