@@ -10,7 +10,7 @@ the plate's *full* size: the minibatch is indexed when the model runs, never whe
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -262,7 +262,7 @@ def check_support(msg: dict) -> None:
             f"latent site '{name}' is a Delta, which has no density; expected a continuous distribution. Cure: "
             f"pyro.deterministic('{name}', value)."
         )
-    if any(isinstance(bound, Tensor) and bound.requires_grad for bound in vars(fn.support).values()):
+    if _is_learned(fn.support):
         raise UnsupportedSiteError(
             f"latent site '{name}' ({type(fn).__name__}) has a support whose bounds are learned parameters; expected a "
             "fixed support. Draw it on a fixed one and transform it, e.g. u = pyro.sample('u', Uniform(0, 1)); "
@@ -290,6 +290,14 @@ def check_support(msg: dict) -> None:
         f"latent site '{name}' ({type(fn).__name__}) has support {fn.support}, which has no bijection from an "
         f"unconstrained space; expected a continuous support known to torch.distributions.biject_to. Cure: {cure}."
     )
+
+
+def _is_learned(support: Any) -> bool:
+    """Whether a constraint, or one inside it, has a bound with a gradient."""
+    if isinstance(support, Tensor):
+        return support.requires_grad
+    parts = vars(support).values() if isinstance(support, constraints.Constraint) else support
+    return isinstance(parts, Iterable) and not isinstance(parts, str) and any(map(_is_learned, parts))
 
 
 def _is_delta(fn: Any) -> bool:

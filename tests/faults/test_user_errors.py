@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pyro
 import pyro.distributions as dist
@@ -64,8 +65,15 @@ def test_a_loss_of_svi():
 
 @pytest.mark.parametrize("name", ["num_particles", "critic_steps"])
 def test_a_count_below_one(name):
-    with pytest.raises(ArgumentError, match=f"expected {name} of at least 1, got 0"):
+    with pytest.raises(ArgumentError, match=f"expected {name} to be an integer of at least 1, got 0"):
         SIVISM(model, **{name: 0})
+
+
+@pytest.mark.parametrize("name", ["num_particles", "critic_steps"])
+@pytest.mark.parametrize("bad", ["x", 2.5, True])
+def test_a_count_that_is_no_integer(name, bad):
+    with pytest.raises(ArgumentError, match=rf"expected {name} to be an integer of at least 1, got {bad!r}"):
+        SIVISM(model, **{name: bad})
 
 
 @pytest.mark.parametrize("name", ["optim", "critic_optim"])
@@ -118,7 +126,7 @@ def test_results_before_set_up(use):
         use(SIVISM(model))
 
 
-@pytest.mark.parametrize("bad", ["x", Y, -1, 2.5])
+@pytest.mark.parametrize("bad", ["x", Y, -1, 2.5, True])
 def test_run_with_the_data_first(bad):
     with pytest.raises(ArgumentError, match=r"expected num_steps to be None or an integer.*run\(None, data\)"):
         SIVISM(model).run(bad, Y)
@@ -198,6 +206,17 @@ def test_a_support_that_moves_with_a_latent():
         SIVISM(moving).step()
 
 
+@pytest.mark.parametrize("event_dim", [0, 1], ids=["batch", "event"])
+def test_a_support_with_a_learned_bound(event_dim):
+    def learned():
+        top = pyro.param("top", torch.tensor(2.0), constraint=dist.constraints.positive)
+        with pyro.plate_stack("group", (3,)[event_dim:]):
+            pyro.sample("below", dist.Uniform(torch.zeros(3), top).to_event(event_dim))
+
+    with pytest.raises(UnsupportedSiteError, match=r"latent site 'below'.*bounds are learned.*Uniform\(0, 1\)"):
+        SIVISM(learned).step()
+
+
 # --- a guide of something else ----------------------------------------------------------------------
 
 
@@ -253,6 +272,37 @@ def test_an_argument_that_adds_a_latent():
     sivism.step(False)
     with pytest.raises(LayoutChangedError, match="latent site 'b' exists only with the new arguments"):
         sivism.step(True)
+
+
+def test_data_that_grows_inside_the_same_argument():
+    """An object of the user's own looks the same before and after; minibatches would never see its new end."""
+
+    def streaming(data):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(data.y), subsample_size=2) as index:
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=data.y[index])
+
+    data = SimpleNamespace(y=Y)
+    sivism = quick(streaming)
+    sivism.step(data)
+    data.y = torch.cat([Y, Y])
+    with pytest.raises(LayoutChangedError, match=r"plate 'rows' had size 5 .* has 10 now.*Pass new arguments"):
+        sivism.step(data)
+    assert math.isfinite(sivism.step(SimpleNamespace(y=data.y)))
+
+
+def test_a_param_store_cleared_during_variational_em():
+    def learnable(y):
+        loc = pyro.param("loc", torch.tensor(0.0))
+        with pyro.plate("data", len(y)):
+            theta = pyro.sample("theta", dist.Normal(loc, 1.0))
+            pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
+
+    sivism = quick(learnable, 5)
+    sivism.step(Y)
+    pyro.clear_param_store()
+    with pytest.raises(ModelError, match=r"no longer depends on .*\['loc'\].*store was cleared, make a new SIVISM"):
+        sivism.step(Y)
 
 
 def test_a_gaussian_of_another_size():

@@ -7,6 +7,7 @@ import functools
 import math
 from dataclasses import replace
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -225,6 +226,20 @@ def test_a_loaders_minibatches_are_used_as_they_come():
 
 
 @pytest.mark.usefixtures("small_recipe")
+def test_numpy_minibatches_are_taken_without_a_new_set_up(monkeypatch):
+    """The model is traced once: arrays of one shape and dtype are one problem, and another dtype is another."""
+    sivism, traced = quick(lambda y: model(torch.as_tensor(y))), []
+    trace_model = sivism.guide.trace_model
+    monkeypatch.setattr(sivism.guide, "trace_model", lambda *args: traced.append(args) or trace_model(*args))
+    for batch in np.arange(12, dtype=np.float32).reshape(3, 4):
+        sivism.step(batch)
+        assert sivism.target.score(torch.zeros(1, 1)).item() == pytest.approx(batch.sum())
+    assert len(traced) == 1
+    sivism.step(batch.astype(np.float64))
+    assert len(traced) == 2
+
+
+@pytest.mark.usefixtures("small_recipe")
 def test_plain_python_arguments_follow_the_call():
     def annealed(y, *, beta):
         with poutine.scale(scale=beta):
@@ -286,6 +301,25 @@ def test_float64(float64):
     sivism.run(2, Y.double(), progress_bar=False)
     assert sivism.sample(2)["mu"].dtype == torch.float64
     assert {p.dtype for p in sivism.critic.parameters()} == {torch.float64}
+
+
+class GaussianScore(nn.Module):
+    """The score of N(0, I): a critic with nothing to learn."""
+
+    def forward(self, x):
+        return -x
+
+
+@pytest.mark.usefixtures("small_recipe")
+@pytest.mark.parametrize("objective", [PathGradientKL, FisherDivergence])
+def test_a_critic_without_parameters(objective, tmp_path):
+    sivism = quick(model, loss=objective(), critic=GaussianScore())
+    start = copy.deepcopy(sivism.setup(Y).guide.state_dict())
+    sivism.run(3, Y, progress_bar=False)
+    assert not same(start, sivism.guide.state_dict())
+    sivism.save(tmp_path / "fit")
+    resumed = SIVISM.load(tmp_path / "fit", model, loss=objective(), critic=GaussianScore())
+    assert math.isfinite(resumed.step(Y))
 
 
 # --- several fits -----------------------------------------------------------------------------------
@@ -384,6 +418,39 @@ def test_model_parameters_are_saved_and_put_back_into_an_empty_store(tmp_path, o
     pyro.set_rng_seed(1)
     assert [resumed.step(GROUPS) for _ in range(3)] == want
     assert {name: pyro.param(name).item() for name in learned} == after
+
+
+@pytest.mark.usefixtures("small_recipe")
+def test_a_loaded_fit_can_be_saved_again_before_it_goes_on(tmp_path):
+    sivism = SIVISM(learnable)
+    sivism.run(3, GROUPS, progress_bar=False)
+    sivism.save(tmp_path / "first")
+    loaded = SIVISM.load(tmp_path / "first", learnable)
+    assert loaded.num_steps_taken == 3
+    loaded.save(tmp_path / "second")
+
+    pyro.clear_param_store()
+    resumed = SIVISM.load(tmp_path / "second", learnable)
+    assert resumed.num_steps_taken == 3
+    resumed.setup(GROUPS)
+    assert same(state(resumed), state(sivism))
+    resumed.step(GROUPS)
+    assert resumed.num_steps_taken == 4
+
+
+@pytest.mark.usefixtures("small_recipe")
+def test_inference_data_of_a_loaded_fit_has_the_learned_parameters(tmp_path):
+    sivism = SIVISM(learnable)
+    sivism.run(3, GROUPS, progress_bar=False)
+    sivism.save(tmp_path / "fit")
+    prior = dist.Normal(pyro.param("loc").detach(), pyro.param("scale").detach())
+
+    pyro.clear_param_store()
+    loaded = SIVISM.load(tmp_path / "fit", learnable)
+    idata = loaded.to_inference_data(GROUPS, num_samples=5, prior=False)
+    theta = torch.as_tensor(idata.posterior["theta"].values[0])
+    want = (prior.log_prob(theta) + dist.Normal(theta, 1.0).log_prob(GROUPS)).sum(-1)
+    torch.testing.assert_close(torch.as_tensor(idata.sample_stats["lp"].values[0]).float(), want)
 
 
 class Regression(PyroModule):

@@ -195,7 +195,14 @@ def test_clip_gradients_scales_the_total_norm():
     assert torch.allclose(torch.cat(short), torch.tensor([0.3, 0.4]))
 
 
+def test_clip_gradients_does_not_overflow():
+    """The square of 1e25 is beyond float32."""
+    clipped = clip_gradients([torch.tensor([3e25]), torch.tensor([4e25])], 1.0, "guide")
+    assert {g.dtype for g in clipped} == {torch.float32}
+    torch.testing.assert_close(torch.cat(clipped), torch.tensor([0.6, 0.8]))
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_clip_gradients_refuses_what_is_not_finite(bad):
-    with pytest.raises(NonFiniteError, match="guide's gradient is not finite; no parameter was changed"):
+    with pytest.raises(NonFiniteError, match="guide's gradient is not finite; the guide was left as it is"):
         clip_gradients([torch.tensor([1.0, bad])], 1.0, "guide")
