@@ -20,6 +20,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Size, Tensor
 from torch.distributions import register_kl
 
+from pyro_sivism.bijections import bijection
 from pyro_sivism.errors import ArgumentError, NotSetUpError
 from pyro_sivism.family import AffineMap, Conditional, DiagonalNormal, LogDensityEstimate, SemiImplicit
 from pyro_sivism.layout import LatentLayout, check_support, is_enumerable, log_abs_det_jacobian
@@ -93,7 +94,8 @@ class SemiImplicitGuide(AutoContinuous):
             raise ArgumentError(f"expected init_scale > 0, got {init_scale}")
         if num_mixing < 1:
             raise ArgumentError(f"expected num_mixing of at least 1, got {num_mixing}")
-        super().__init__(_CheckSupports()(model), init_loc_fn=init_loc_fn)
+        super().__init__(_CheckSupports()(model))
+        self._model = (_initialized(model, init_loc_fn),)
         self.create_plates = create_plates
         self._mixing_dim = mixing_dim
         self._hidden_dims = None if hidden_dims is None else tuple(hidden_dims)
@@ -335,7 +337,7 @@ class SemiImplicitGuide(AutoContinuous):
 
     def attach_model(self, model: Callable, init_loc_fn: Callable = init_to_median) -> None:
         """Give a guide that was unpickled its model back."""
-        self._model = (InitMessenger(init_loc_fn)(_CheckSupports()(model)),)
+        self._model = (_initialized(model, init_loc_fn),)
 
 
 class SemiImplicitPosterior(TorchDistribution):
@@ -402,6 +404,27 @@ class _CheckSupports(Messenger):
             msg["value"] = msg["fn"].sample()
         else:
             check_support(msg)
+
+
+class _Initialize(InitMessenger):
+    """Give latent sites their initial values, also where the distribution cannot be sampled.
+
+    Pyro's init functions all look at a prior draw first, which an ``ImproperUniform`` does not have; such a site
+    starts where its unconstrained value is 0.
+    """
+
+    def _pyro_sample(self, msg: dict) -> None:
+        try:
+            super()._pyro_sample(msg)
+        except NotImplementedError:
+            fn = msg["fn"]
+            transform = bijection(fn.support)
+            msg["value"] = transform(torch.zeros(transform.inverse_shape(fn.shape())))
+
+
+def _initialized(model: Callable, init_loc_fn: Callable) -> Callable:
+    """The model with its supports checked and its latents at their initial values."""
+    return _Initialize(init_loc_fn)(_CheckSupports()(model))
 
 
 def _latent_trace(trace: Trace, layout: LatentLayout) -> Trace:

@@ -123,7 +123,8 @@ class Target:
         }
         self._plate_sizes = {name: fn.size for name, fn in self._subsamples.items()}
         self.resample_minibatch()
-        self._path = self._choose_path(self.layout.init_from_trace(trace))
+        self._init = self.layout.init_from_trace(trace)
+        self._path = self._choose_path(self._init)
 
     def rebind(self, args: Sequence = (), kwargs: Mapping[str, Any] | None = None) -> None:
         """Point the target at other arguments of the same shapes, checking only that no support moved with them."""
@@ -155,7 +156,7 @@ class Target:
     def params(self) -> dict[str, Tensor]:
         """The unconstrained leaf tensors behind the model's ``pyro.param`` and module parameters, by name."""
         with torch.no_grad(), poutine.block(), poutine.trace(param_only=True) as capture:
-            self.model(*self.args, **self.kwargs)
+            self._trace(self._init)  # the latents held, as a prior need not be one to draw from
         leaves = {
             name: (msg["value"].unconstrained() if hasattr(msg["value"], "unconstrained") else msg["value"])
             for name, msg in capture.trace.nodes.items()

@@ -16,6 +16,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.distributions import constraints
 from pyro.infer import (
     SVI,
     Predictive,
@@ -733,3 +734,20 @@ def test_svi_with_trace_elbo_finds_a_conjugate_posterior():
     draws = guide.sample_unconstrained(20_000)[:, 0]
     assert abs(draws.mean() - exact.mean) < 0.2 * exact.stddev
     assert abs(draws.std() / exact.stddev - 1) < 0.2
+
+
+def test_a_prior_that_cannot_be_sampled_starts_at_the_centre_of_its_support():
+    def model():
+        slope = pyro.sample("slope", dist.ImproperUniform(constraints.real_vector, (), (2,)))
+        with pyro.plate("group", 3):
+            scale = pyro.sample("scale", dist.ImproperUniform(constraints.positive, (), ()))
+        pyro.sample("y", dist.Normal(slope.sum(), scale).to_event(1), obs=torch.zeros(3))
+
+    guide = SemiImplicitGuide(model).setup()
+    nodes = guide.prototype_trace.nodes
+    torch.testing.assert_close(nodes["slope"]["value"], torch.zeros(2))
+    torch.testing.assert_close(nodes["scale"]["value"], torch.ones(3))
+    # One that is given a value takes it.
+    values = {"slope": torch.tensor([3.0, 4.0]), "scale": torch.full((3,), 2.0)}
+    guide = SemiImplicitGuide(model, init_loc_fn=initialization.init_to_value(values=values)).setup()
+    torch.testing.assert_close(guide.prototype_trace.nodes["slope"]["value"], values["slope"])
