@@ -185,13 +185,19 @@ def test_no_finite_row_is_an_error(objective, family):
 @pytest.mark.parametrize("conditional", CONDITIONALS)
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_training_moves_towards_the_target(name, conditional, float64):
-    """From q = N(0, I) to a target centred at (1, 1, 1): the mean goes at least 40% of the way."""
+    """From q = N(0, I) to a target centred at (1, 1, 1): the mean goes at least 60% of the way.
+
+    The score, a cube, all but vanishes around the centre, which makes the Fisher divergence's end of the way slow.
+    """
     objective, family = OBJECTIVES[name](), SemiImplicit(CONDITIONALS[conditional]())
     critic_parameters = set_up(objective, family)
     optimizers = [
-        torch.optim.Adam(parameters, lr=1e-2, betas=(0.9, 0.99), foreach=True)
+        torch.optim.Adam(parameters, lr=2e-2, betas=(0.9, 0.99), foreach=True)
         for parameters in (critic_parameters, list(family.parameters()))
     ]
+
+    def distance() -> float:
+        return (draw(family).x - 1.0).mean().item()
 
     def step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
         parameters = optimizer.param_groups[0]["params"]
@@ -199,8 +205,8 @@ def test_training_moves_towards_the_target(name, conditional, float64):
             parameter.grad = gradient
         optimizer.step()
 
-    history = []
-    for t in range(-50, 120):
+    before, history = [distance() for _ in range(20)], []
+    for t in range(-50, 180):
         for _ in range(2):
             sample = draw(family)
             objective.critic.update_moments(sample.x)
@@ -208,9 +214,9 @@ def test_training_moves_towards_the_target(name, conditional, float64):
         if t >= 0:
             losses = objective.guide_loss(family.rsample(NUM_PARTICLES), t)
             step(optimizers[1], losses.loss)
-            history.append((draw(family).x - 1.0).mean().item())
-    assert abs(sum(history[:5]) / 5) > 0.8
-    assert abs(sum(history[-20:]) / 20) < 0.6
+            history.append(distance())
+    assert abs(sum(before) / 20) > 0.9
+    assert abs(sum(history[-20:]) / 20) < 0.4
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -237,7 +237,7 @@ def test_path_gradient_has_no_variance_where_q_is_the_target():
 # --- (e) training ends at the target ---------------------------------------------------------------
 
 
-def train(objective, family, p, num_steps, critic_steps, batch_size=128, lr=2e-2):
+def train(objective, family, p, num_steps, critic_steps, batch_size, lr=2e-2):
     critic = objective.make_critic(p.dim, ())  # a linear map: as much as a Gaussian's score needs
     objective.setup(family, p, critic)
     critic_optimizer = torch.optim.Adam(critic.parameters(), lr=2 * lr, betas=(0.9, 0.99), foreach=True)
@@ -267,17 +267,18 @@ def train(objective, family, p, num_steps, critic_steps, batch_size=128, lr=2e-2
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["path", "fisher"])
 def test_training_ends_at_the_target(name, kind):
-    """Mean within .1 sd and every sd within 10%, in any direction, from a start with KL above .3.
+    """Mean within .1 sd and every sd within 5%, in any direction, from a start with KL above .3.
 
-    The last fifty averaged steps of 128 draws leave a Monte Carlo error of about 1/sqrt(6400) = .0125; the rest of the
-    allowance is for the optimizer, which has 500 steps.
+    The last fifty averaged steps of 512 draws leave standard errors of about 1/sqrt(25600) = .006 in the mean and less
+    in an sd; six of them are .04. The rest is for the optimizer, whose last stretch is the mean under the Fisher
+    divergence: its curvature there is the square of the precision.
     """
     dim = 3
     family = linear_family(kind, dim, mixing_dim=dim)
     loc = torch.tensor([0.8, -0.6, 0.3])
     p = GaussianTarget(loc, torch.tensor([[1.4, 0.6, 0.0], [0.6, 1.0, -0.3], [0.0, -0.3, 0.8]]))
     before = oracle.kl_divergence(GaussianQ.of(family), p)
-    train(OBJECTIVES[name](), family, p, num_steps=500, critic_steps=2 if name == "path" else 3)
+    train(OBJECTIVES[name](), family, p, num_steps=500, critic_steps=2 if name == "path" else 3, batch_size=512)
     q = GaussianQ.of(family)
     root = torch.linalg.cholesky(p.covariance)
     shift = torch.linalg.solve_triangular(root, (q.loc - p.loc)[:, None], upper=False).norm()
@@ -285,7 +286,7 @@ def test_training_ends_at_the_target(name, kind):
     sds = torch.linalg.svdvals(relative)
     assert before > 0.3
     assert shift < 0.1
-    assert (sds - 1).abs().max() < 0.1
+    assert (sds - 1).abs().max() < 0.05
 
 
 # --- (f) what the gradient goes through ------------------------------------------------------------
