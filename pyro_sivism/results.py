@@ -19,7 +19,8 @@ class StepInfo(NamedTuple):
         step: its number, from 1.
         loss: the Fisher divergence estimate, in the whitened space; it falls towards 0.
         critic_loss: the critic's loss at its last update.
-        num_nonfinite: particles left out because their score was not finite.
+        num_nonfinite: particles left out because their score was not finite, or the score's derivative where the
+            objective needs it.
     """
 
     step: int
@@ -35,7 +36,7 @@ class FitResult:
     Attributes:
         num_steps: guide steps taken in this run.
         losses, critic_losses: one number per step of this run, float tensors (num_steps,).
-        num_nonfinite: particles left out over all steps because their score was not finite.
+        num_nonfinite: particles left out over all steps, as in :class:`StepInfo`.
         num_evaluations: scores of single points computed since set-up, all told.
         seconds: wall-clock of ``setup`` (prototype, path choice), ``preconditioner``, ``critic_warmup`` and ``steps``.
         interrupted: whether Ctrl-C or a callback ended the run early.

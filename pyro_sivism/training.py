@@ -190,8 +190,9 @@ class Training:
         if info.num_nonfinite and not self._warned_nonfinite:
             self._warned_nonfinite = True
             warn(
-                f"step {info.step}: the target's score was not finite at {info.num_nonfinite} particles, which were "
-                "left out of the step; q may be cut off there. Later steps are counted in FitResult.num_nonfinite.",
+                f"step {info.step}: the target's score, or a derivative of it that the objective needs, was not finite "
+                f"at {info.num_nonfinite} particles, which were left out of the step; q may be cut off there. Later "
+                "steps are counted in FitResult.num_nonfinite.",
                 NonFiniteWarning,
             )
 

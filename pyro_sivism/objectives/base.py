@@ -28,7 +28,8 @@ class GuideLoss(NamedTuple):
     """What a guide step needs and reports.
 
     ``loss`` is the scalar to differentiate; ``fisher_divergence`` an estimate of E_q |grad log p - grad log q|^2
-    that is comparable between objectives; ``num_nonfinite`` the particles that were left out.
+    that is comparable between objectives; ``num_nonfinite`` the particles that were left out, all counted once
+    the gradient of ``loss`` has been taken.
     """
 
     loss: Tensor

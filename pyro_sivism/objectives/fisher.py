@@ -62,50 +62,53 @@ class FisherDivergence(Objective):
         if self.target_residual:  # the game's inner maximum, as a regression that needs no target
             return super().critic_loss(sample, step)
         with torch.no_grad():
-            target_score = self._target_score(sample.x, step)
+            target_score = self.target.score(sample.x)
             finite = finite_rows(target_score)
-            target_score = torch.where(finite[:, None], target_score, 0.0)
+            target_score = self._tempering(step) * torch.where(finite[:, None], target_score, 0.0)
         value = self.critic(sample.x)
         return -mean_over(fisher_divergence(value, target_score, sample.conditional_score), finite)
 
     def guide_loss(self, sample: SemiImplicitSample, step: int) -> GuideLoss:
-        x = _without_nonfinite_gradients(sample.x)
-        target_score = self._target_score(x, step)
+        """The game's value at the tempered target; what is reported is the divergence from the target itself.
+
+        Particles whose score has no finite derivative have no gradient. They are found in the backward pass, which
+        adds them to ``num_nonfinite``.
+        """
+        x = sample.x * 1.0  # a node of our own to hook
+        target_score = self.target.score(x)
         finite = finite_rows(target_score)
         target_score = torch.where(finite[:, None], target_score, 0.0)
-        value = self.critic_value(x, target_score)
-        loss = mean_over(fisher_divergence(value, target_score, sample.conditional_score), finite)
-        return GuideLoss(loss, loss.detach(), (~finite).sum())
+        tempering = self._tempering(step)
+        value = self.critic_value(x, tempering * target_score)
+        loss = mean_over(fisher_divergence(value, tempering * target_score, sample.conditional_score), finite)
+        with torch.no_grad():
+            critic_of_target = value + (1.0 - tempering) * target_score
+            divergence = mean_over(fisher_divergence(critic_of_target, target_score, sample.conditional_score), finite)
+        num_nonfinite = (~finite).sum()
+        if x.requires_grad:
+            x.register_hook(lambda gradient: _drop_nonfinite(gradient, finite, num_nonfinite))
+        return GuideLoss(loss, divergence, num_nonfinite)
 
-    def _target_score(self, x: Tensor, step: int) -> Tensor:
-        """The target's score, tempered."""
-        score = self.target.score(x)
+    def _tempering(self, step: int) -> float:
+        """The factor of the target's score."""
         if step >= self.annealing_steps:
-            return score
-        progress = step / self.annealing_steps
-        return (self.annealing_start + (1.0 - self.annealing_start) * progress) * score
+            return 1.0
+        return self.annealing_start + (1.0 - self.annealing_start) * step / self.annealing_steps
 
 
-def _without_nonfinite_gradients(x: Tensor) -> Tensor:
-    """``x``, whose rows with a NaN or infinite gradient get none at all.
+def _drop_nonfinite(gradient: Tensor, finite_score: Tensor, num_nonfinite: Tensor) -> Tensor:
+    """The gradient in x, without its NaN or infinite rows; counts those whose score is finite.
 
     A particle where the score is not finite is left out of the loss, but zero times its Hessian is still NaN.
 
     Raises:
-        NonFiniteError: in the backward pass, if no row has a finite gradient.
+        NonFiniteError: no row is finite.
     """
-    if not x.requires_grad:
-        return x
-
-    def drop(gradient: Tensor) -> Tensor:
-        finite = gradient.isfinite().all(-1, keepdim=True)
-        if not bool(finite.any()):
-            raise NonFiniteError(
-                f"the second derivative of the model's log density is not finite at any of {len(gradient)} particles, "
-                "so FisherDivergence cannot move the guide. Use PathGradientKL(), which needs first derivatives only."
-            )
-        return torch.where(finite, gradient, 0.0)
-
-    x = x * 1.0
-    x.register_hook(drop)
-    return x
+    finite = gradient.isfinite().all(-1)
+    if not bool(finite.any()):
+        raise NonFiniteError(
+            f"the second derivative of the model's log density is not finite at any of {len(gradient)} particles, "
+            "so FisherDivergence cannot move the guide. Use PathGradientKL(), which needs first derivatives only."
+        )
+    num_nonfinite += (finite_score & ~finite).sum()
+    return torch.where(finite[:, None], gradient, 0.0)

@@ -171,7 +171,7 @@ def test_trained_network_agrees_with_the_exact_critic(name):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_fisher_divergence_estimate_has_the_exact_mean(name, kind):
     family, p = problem(kind)
-    exact = oracle.fisher_divergence(GaussianQ.of(family), tempered(p, tempering(name)))
+    exact = oracle.fisher_divergence(GaussianQ.of(family), p)  # of the target itself, tempered or not
     objective = with_exact_critic(name, family, p)
     with torch.no_grad():
         estimates = torch.stack(
@@ -383,9 +383,6 @@ def test_critic_loss_values():
 
 
 def test_annealing_rises_linearly_to_one():
-    family, p = problem("diagonal")
     objective = FisherDivergence(annealing_steps=10, annealing_start=0.2)
-    objective.setup(family, p, ExactScore(GaussianQ.of(family)))
-    x = torch.randn(5, 3)
     for step, factor in [(0, 0.2), (5, 0.6), (9, 0.92), (10, 1.0), (1000, 1.0)]:
-        torch.testing.assert_close(objective._target_score(x, step), factor * p.score(x))
+        assert objective._tempering(step) == pytest.approx(factor)
