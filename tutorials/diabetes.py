@@ -15,6 +15,7 @@ from pathlib import Path
 
 import arviz as az
 import matplotlib.pyplot as plt
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -49,6 +50,23 @@ def student_regression(x: torch.Tensor, y: torch.Tensor) -> None:
         pyro.sample("progression", dist.StudentT(dof, intercept + x @ slope, sigma), obs=y)
 
 
+def plot(fits: dict, names: list[str], path: Path) -> None:
+    """Each slope's median, 50% and 90% intervals, one colour a model."""
+    figure, axis = plt.subplots(figsize=(7, 5), constrained_layout=True)
+    for offset, (label, idata), colour in zip((0.12, -0.12), fits.items(), ("#0072b2", "#d55e00")):
+        slopes = idata.posterior["slope"].values[0]
+        low, lower, middle, upper, high = np.quantile(slopes, [0.05, 0.25, 0.5, 0.75, 0.95], axis=0)
+        rows = np.arange(len(names))[::-1] + offset
+        axis.hlines(rows, low, high, color=colour, linewidth=1)
+        axis.hlines(rows, lower, upper, color=colour, linewidth=3)
+        axis.plot(middle, rows, "o", color=colour, markersize=5, label=label)
+    axis.axvline(0.0, color="0.7", linewidth=1, zorder=0)
+    axis.set_yticks(np.arange(len(names))[::-1], names)
+    axis.set(xlabel="slope, in standard deviations", title="Disease progression against ten measurements")
+    axis.legend(title="errors")
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("."), help="where the picture goes")
@@ -70,13 +88,7 @@ def main() -> None:
     print("\nLeave-one-out cross-validation, best first:")
     print(comparison)
 
-    axes = az.plot_forest(
-        list(fits.values()), model_names=list(fits), var_names=["slope"], combined=True, figsize=(7, 6)
-    )
-    axes[0].axvline(0.0, color="0.7", linewidth=1)
-    axes[0].set_title("Slopes, in standard deviations")
-    plt.gcf().tight_layout()
-    plt.savefig(out / "diabetes.png", dpi=120)
+    plot(fits, names, out / "diabetes.png")
     print(f"picture in {out / 'diabetes.png'}")
 
 
