@@ -56,5 +56,9 @@ class TargetPathWarning(SivismWarning):
     """The model's score is computed by a slower path than the fastest one."""
 
 
+class FitWarning(SivismWarning):
+    """A run ended with a fit that is not to be trusted, or not finished."""
+
+
 class NonFiniteWarning(SivismWarning):
     """Some particles had a non-finite log density or score and were left out."""

@@ -11,7 +11,7 @@ import torch
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
-from pyro_sivism.errors import NonFiniteError, OptimizerError
+from pyro_sivism.errors import ArgumentError, NonFiniteError, OptimizerError
 
 __all__ = ["OptimizerLike", "Stepper", "check_optimizer", "clip_gradients", "make_stepper"]
 
@@ -208,9 +208,15 @@ def clip_gradients(gradients: Sequence[Tensor | None], max_norm: float, whose: s
     """The gradients scaled down to a total norm of ``max_norm``.
 
     Raises:
+        ArgumentError: there is no gradient at all.
         NonFiniteError: the total norm is NaN or infinite.
     """
     present = [g for g in gradients if g is not None]
+    if not present:
+        raise ArgumentError(
+            f"the loss of the {whose} depends on none of the {whose}'s parameters; expected a gradient for some. "
+            "Check a custom critic, conditional or objective for a detach or no_grad."
+        )
     norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in present]  # float32 squares overflow at 1e19
     norm = torch.linalg.vector_norm(torch.stack(norms))
     if not bool(norm.isfinite()):

@@ -17,7 +17,8 @@ class StepInfo(NamedTuple):
 
     Attributes:
         step: its number, from 1.
-        loss: the Fisher divergence estimate, in the whitened space; it falls towards 0.
+        loss: the Fisher divergence estimate, in the whitened space; it falls towards 0,
+            or towards the noise of random minibatches where the model draws them.
         critic_loss: the critic's loss at its last update.
         num_nonfinite: particles left out because their score was not finite, or the score's derivative where the
             objective needs it.

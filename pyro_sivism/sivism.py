@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import numbers
 import os
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 from tqdm.auto import tqdm
 
-from pyro_sivism.errors import ArgumentError, NotSetUpError, TargetPathWarning
+from pyro_sivism.errors import ArgumentError, FitWarning, NotSetUpError, TargetPathWarning
 from pyro_sivism.family import BatchAndMatch, GaussianFit, Preconditioner, WhitenedTarget
 from pyro_sivism.guide import SemiImplicitGuide
 from pyro_sivism.inference_data import to_inference_data
@@ -36,6 +38,8 @@ Callback = Callable[["SIVISM", StepInfo], "bool | None"]
 
 _CONVERSION_KEYWORDS = frozenset(inspect.signature(to_inference_data).parameters)
 _NUM_STARTS = 4
+_MIN_STEPS_TO_JUDGE = 100
+_MAX_MISMATCH = 1.0  # right fits measured below .2 a dimension, failed ones above 5
 _MAX_START_TRIES = 100
 
 
@@ -119,7 +123,7 @@ class SIVISM:
         check_optimizer(optim, "optim")
         check_optimizer(critic_optim, "critic_optim")
         self.model, self.guide, self.optim, self.critic_optim = model, guide, optim, critic_optim
-        self.loss = PathGradientKL() if loss is None else loss
+        self.loss = PathGradientKL() if loss is None else copy.copy(loss)  # another fit may share the object
         self.preconditioner = BatchAndMatch() if preconditioner is None else preconditioner
         self._critic, self._num_particles, self._critic_steps = critic, num_particles, critic_steps
         self._training: Training | None = None
@@ -199,13 +203,13 @@ class SIVISM:
         recipe = self.loss.adapt_recipe(Recipe.for_dim(dim))
         return replace(
             recipe,
-            num_particles=self._num_particles or recipe.num_particles,
-            critic_steps=self._critic_steps or recipe.critic_steps,
+            num_particles=int(self._num_particles or recipe.num_particles),
+            critic_steps=int(self._critic_steps or recipe.critic_steps),
         )
 
     def _fit_gaussian(self, init: Tensor) -> None:
         started = time.perf_counter()
-        self._gaussian_fit = self.preconditioner.fit(self.target, self._starts(init))
+        self._gaussian_fit = self.preconditioner.fit(self.target.over_minibatches(), self._starts(init))
         self.guide.affine = self._gaussian_fit.affine
         self.guide.is_fitted = True
         self._seconds["preconditioner"] = time.perf_counter() - started
@@ -269,8 +273,8 @@ class SIVISM:
         """Take one step on the model's arguments and return the loss, as ``SVI.step`` does.
 
         The loss is an estimate of the Fisher divergence E_q |grad log p - grad log q|^2 in the whitened space,
-        for every objective. New arguments of the same shapes are taken as a new minibatch; other shapes are
-        checked against the layout first.
+        for every objective; with random minibatches their noise comes on top. New arguments of the same shapes are
+        taken as a new minibatch; other shapes are checked against the layout first.
 
         Raises:
             LayoutChangedError: the arguments changed the shape of a latent site.
@@ -322,6 +326,7 @@ class SIVISM:
             interrupted = True
         finally:
             training.plan(None)
+        self._report_quality(training, history)
         self._seconds["steps"] = self._seconds.get("steps", 0.0) + time.perf_counter() - started
         return FitResult(
             num_steps=len(history),
@@ -334,6 +339,29 @@ class SIVISM:
             preconditioner=self._gaussian_fit,
             target_path=str(self.target.path),
         )
+
+    def _report_quality(self, training: Training, history: list[StepInfo]) -> None:
+        """Say so where the run ended far from the target, or with the model's parameters still on their way."""
+        if len(history) < _MIN_STEPS_TO_JUDGE:
+            return
+        last = [info.loss for info in history[-_MIN_STEPS_TO_JUDGE:]]
+        if not self.target.is_subsampled:
+            mismatch = statistics.median(last) / self.target.dim
+            if not mismatch <= _MAX_MISMATCH:
+                warn(
+                    f"the fit ended far from the posterior: the scores of q and of the model differ by {mismatch:.3g} "
+                    f"per dimension (mean square, in units where q has sd 1), expected at most {_MAX_MISMATCH:g}. "
+                    "Do not trust its draws. Run more steps, standardize the data, use float64, or reparametrize the "
+                    "model.",
+                    FitWarning,
+                )
+        drifting = training.drifting_model_params()
+        if drifting:
+            warn(
+                f"the model's parameters {drifting} were still moving in one direction when the run ended, so that "
+                "they are no maximum yet. Call run again, or pass an optim with a higher learning rate.",
+                FitWarning,
+            )
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """The loss of the guide as it is reported (averaged weights), on fresh draws. Changes no parameter.
@@ -373,7 +401,13 @@ class SIVISM:
         :func:`pyro_sivism.inference_data.to_inference_data`, which documents the groups: ``coords``, ``dims``,
         ``posterior_predictive``, ``log_likelihood``, ``prior``, ``constant_data``, ``batch_size``.
         """
-        if self._saved is not None and (args or kwargs):  # the model's learned parameters are still in the file
+        clash = _CONVERSION_KEYWORDS & kwargs.keys() & _parameter_names(self.model)
+        if clash:
+            raise ArgumentError(
+                f"{', '.join(sorted(clash))}: the model and the conversion both have a keyword of this name. Pass the "
+                "model's arguments by position, or none at all to take those of the last step."
+            )
+        if self._saved is not None:  # the model's learned parameters are still in the file
             self._bind(args, {k: v for k, v in kwargs.items() if k not in _CONVERSION_KEYWORDS})
         return to_inference_data(self, *args, num_samples=num_samples, **kwargs)
 
@@ -412,8 +446,16 @@ class SIVISM:
         return sivism
 
 
+def _parameter_names(model: Callable) -> set[str]:
+    function = model.forward if isinstance(model, nn.Module) else model
+    try:
+        return set(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # a callable without a signature
+        return set()
+
+
 def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _signature(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple:

@@ -81,6 +81,7 @@ class Training:
             slow_factor=recipe.input_lr_factor,
         )
         self._model_stepper: Stepper | None = None
+        self._model_drift: dict[str, tuple[Tensor, Tensor]] = {}
 
     def connect(self, target: TargetDensity, model_params: Mapping[str, Tensor]) -> None:
         """Work on this whitened target from now on, and learn these parameters of the model."""
@@ -166,7 +167,15 @@ class Training:
                 f"the log density no longer depends on the model's parameters {list(stepper.params)}, which it did at "
                 "set-up. If the param store was cleared, make a new SIVISM."
             )
+        for name, gradient in zip(stepper.params, gradients):
+            if gradient is not None:
+                mean, size = self._model_drift.get(name, (torch.zeros_like(gradient), torch.zeros_like(gradient)))
+                self._model_drift[name] = mean.lerp(gradient, 0.01), size.lerp(gradient.abs(), 0.01)
         stepper.step(gradients, lr_factor)
+
+    def drifting_model_params(self) -> list[str]:
+        """The model's parameters whose gradients all had one sign over the last hundred steps or so."""
+        return [name for name, (mean, size) in self._model_drift.items() if bool((mean.abs() > 0.8 * size).any())]
 
     @torch.no_grad()
     def _average_weights(self) -> None:

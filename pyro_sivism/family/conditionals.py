@@ -137,7 +137,7 @@ class DiagonalNormal(Conditional):
         *,
         scale_depends_on_z: bool = True,
         init_scale: float = 0.75,
-        min_scale: float = 0.1,
+        min_scale: float = 0.3,
         max_scale: float = 1.2,
     ) -> None:
         super().__init__(dim, mixing_dim)
@@ -179,7 +179,7 @@ class LowRankNormal(Conditional):
         *,
         rank: int = 4,
         init_scale: float = 0.75,
-        min_scale: float = 0.1,
+        min_scale: float = 0.3,
         max_scale: float = 1.2,
     ) -> None:
         super().__init__(dim, mixing_dim)

@@ -28,8 +28,12 @@ class PathGradientKL(Objective):
 
     Example:
 
-        >>> from pyro_sivism import PathGradientKL, SIVISM
-        >>> sivism = SIVISM(model, loss=PathGradientKL())  # doctest: +SKIP
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro_sivism import SIVISM
+        >>> def model():
+        ...     pyro.sample("x", dist.Normal(0.0, 1.0))
+        >>> SIVISM(model, loss=PathGradientKL()).run(3, progress_bar=False).num_steps
+        3
     """
 
     def guide_loss(self, sample: SemiImplicitSample, step: int) -> GuideLoss:

@@ -139,6 +139,18 @@ class Target:
         """Draw new indices for every random minibatch; all densities use them until the next call."""
         self.minibatch = {name: fn.sample() for name, fn in self._subsamples.items()}
 
+    def over_minibatches(self, max_minibatches: int = 16) -> MinibatchAverage | Target:
+        """The target averaged over several minibatches at a time: itself where there are none.
+
+        The minibatches are a random partition of the plates, so that every latent inside a subsampled plate has a
+        proper density. Where no latent is inside one, at most ``max_minibatches`` of them are taken.
+        """
+        if not self._subsamples:
+            return self
+        count = max(-(-fn.size // fn.subsample_size) for fn in self._subsamples.values())
+        has_local_latents = any(site.subsampled_plates for site in self.layout.sites)
+        return MinibatchAverage(self, count if has_local_latents else min(count, max_minibatches))
+
     def log_density(self, x: Tensor) -> Tensor:
         """``log p(x)``, shape (B,), at points (B, D); differentiable in x and in the model's params."""
         return self._evaluate(x, with_score=False)[0]
@@ -333,6 +345,47 @@ class Target:
                     )
 
 
+class MinibatchAverage:
+    """A subsampled target, averaged over the parts of a random partition of its plates.
+
+    Each part is scaled to the full data, so that the average is unbiased; its parts together visit every row.
+    """
+
+    def __init__(self, target: Target, num_minibatches: int) -> None:
+        self._target, self._num_minibatches = target, num_minibatches
+        self.resample_minibatch()
+
+    @property
+    def dim(self) -> int:
+        return self._target.dim
+
+    def resample_minibatch(self) -> None:
+        """Draw another partition."""
+        parts: list[dict[str, Tensor]] = [{} for _ in range(self._num_minibatches)]
+        for name, fn in self._target._subsamples.items():
+            order = torch.randperm(fn.size, device=fn.device)
+            for i, part in enumerate(parts):
+                rows = torch.arange(i * fn.subsample_size, (i + 1) * fn.subsample_size, device=fn.device)
+                part[name] = order[rows % fn.size]
+        self._parts = parts
+
+    def log_density(self, x: Tensor) -> Tensor:
+        return self.log_density_and_score(x)[0]
+
+    def score(self, x: Tensor) -> Tensor:
+        return self.log_density_and_score(x)[1]
+
+    def log_density_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        minibatch = self._target.minibatch
+        log_density, score = x.new_zeros(len(x)), torch.zeros_like(x)
+        for part in self._parts:
+            self._target.minibatch = part
+            part_log_density, part_score = self._target.log_density_and_score(x)
+            log_density, score = log_density + part_log_density, score + part_score
+        self._target.minibatch = minibatch
+        return log_density / len(self._parts), score / len(self._parts)
+
+
 def check_finite_start(target: Target, starts: Tensor) -> Tensor:
     """The rows of ``starts (S, D)`` with finite log density and score.
 
@@ -346,8 +399,9 @@ def check_finite_start(target: Target, starts: Tensor) -> Tensor:
         where = f"site(s) {', '.join(sites)}" if sites else "the score (the log densities are finite)"
         raise NonFiniteError(
             f"the log density or score is not finite at any of {len(starts)} starting points; at the first, the "
-            f"cause is {where}. Check the data for NaN and the observed values against their supports, or give a "
-            "feasible start: SemiImplicitGuide(model, init_loc_fn=pyro.infer.autoguide.init_to_value(values=...))."
+            f"cause is {where}. Check the data for NaN (under a mask too: its gradient is still NaN, so use "
+            "torch.nan_to_num) and the observed values against their supports, or give a feasible start: "
+            "SemiImplicitGuide(model, init_loc_fn=pyro.infer.autoguide.init_to_value(values=...))."
         )
     return starts[finite]
 

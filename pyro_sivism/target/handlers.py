@@ -7,6 +7,7 @@ enumeration made safe under ``torch.func.vmap``.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
@@ -52,6 +53,7 @@ class SubstituteLatents(Messenger):
         self._plate_sizes = plate_sizes
         self._indices: dict[str, Tensor] = {}
         self._drawn: set[str] = set()
+        self._observed: set[str] = set()
 
     def _pyro_sample(self, msg: dict) -> None:
         name = msg["name"]
@@ -67,16 +69,14 @@ class SubstituteLatents(Messenger):
                 msg["done"] = True
             return
         if msg["is_observed"]:
+            self._observed.add(name)
             return
         if name in self._values:
             msg["value"] = self._take_minibatch(msg, self._values[name])
             msg["done"] = True
             self._drawn.add(name)
-            if name.endswith("_unobserved"):
-                # pyro.sample(..., obs_mask=) makes a latent of every entry and masks the density of the observed
-                # ones, whose values nothing reads: flat directions without a posterior. Unmasked they have their
-                # prior given the other latents, which integrates to one and changes nothing else.
-                msg["mask"] = None
+            if name.endswith("_unobserved") and name.removesuffix("_unobserved") + "_observed" in self._observed:
+                _unmask_partly_observed(msg)
         elif msg["infer"].get("enumerate") == "sequential":
             raise ModelError(
                 f"discrete site '{name}' is marked infer={{'enumerate': 'sequential'}}, but discrete latents are "
@@ -113,6 +113,22 @@ class SubstituteLatents(Messenger):
                     indices = torch.tensor(list(indices), device=value.device)
                 value = value.index_select(dim, indices.to(value.device))
         return value
+
+
+def _unmask_partly_observed(msg: dict) -> None:
+    """Give the latent that ``pyro.sample(..., obs_mask=)`` makes its prior at the observed entries too.
+
+    Pyro makes a latent of every entry and masks the density of the observed ones, whose values nothing reads: flat
+    directions without a posterior. Unmasked they have their prior given the other latents, which integrates to one
+    and changes nothing else, unless it is raised to a power by ``poutine.scale``.
+    """
+    plates = math.prod(f.full_size / f.size for f in msg["cond_indep_stack"] if f.full_size and f.size > 0)
+    if not bool((torch.as_tensor(msg["scale"]) - plates).abs().max() <= 1e-6 * plates):
+        raise ModelError(
+            f"site '{msg['name']}' comes from obs_mask under poutine.scale, where its density is not normalized; "
+            "expected no scale but the plates'. Split the observations into the observed ones, scaled, and the rest."
+        )
+    msg["mask"] = None
 
 
 class LogJoint(SubstituteLatents):

@@ -18,7 +18,7 @@ from pyro.nn import PyroModule, PyroSample
 from torch import nn
 
 from pyro_sivism import SIVISM, FisherDivergence, FixedGaussian, PathGradientKL, SemiImplicitGuide
-from pyro_sivism.errors import NonFiniteError, NonFiniteWarning
+from pyro_sivism.errors import ArgumentError, FitWarning, NonFiniteError, NonFiniteWarning
 from pyro_sivism.recipe import Recipe
 
 Y = torch.linspace(0.0, 2.0, 20)
@@ -581,3 +581,78 @@ def test_banana_that_a_gaussian_cannot_fit():
     assert curvature > 0.9
     assert abs(draws["x"].std() - 1) < 0.1
     assert abs(draws["y"].mean() - 1) < 0.15
+
+
+@pytest.mark.parametrize(("size", "subsample_size"), [(12, 3), (20, 2)])
+def test_local_latents_in_small_minibatches(size, subsample_size):
+    """Most latents are outside any one minibatch, where they have no density: the preconditioner must see them all."""
+    y = torch.linspace(-3.0, 1.0, size)
+
+    def model():
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("n", size, subsample_size=subsample_size) as rows:
+            t = pyro.sample("t", dist.Normal(mu, 1.0))
+            pyro.sample("y", dist.Normal(t, 1.0), obs=y[rows])
+
+    sivism = SIVISM(model).setup()
+    # y given mu has variance 2: a conjugate normal mean. t given mu and y has variance 1/2.
+    variance = 1.0 / (1.0 + size / 2.0)
+    fit = sivism._gaussian_fit.affine
+    assert fit.loc[0].item() == pytest.approx(variance * y.sum().item() / 2.0, abs=0.2 * variance**0.5)
+    assert fit.covariance[0, 0].sqrt().item() == pytest.approx(variance**0.5, rel=0.1)
+    for local_variance in fit.covariance.diagonal()[1:].tolist():
+        assert local_variance**0.5 == pytest.approx((0.5 + variance / 4.0) ** 0.5, rel=0.1)
+
+
+def test_a_failed_fit_says_so():
+    def model(y):  # twenty points a hundred thousand sds from where everything starts, in float32
+        mu = pyro.sample("mu", dist.Normal(0.0, 1e7))
+        sd = pyro.sample("sd", dist.HalfCauchy(1.0))
+        with pyro.plate("n", len(y)):
+            pyro.sample("y", dist.Normal(mu, sd), obs=y)
+
+    with pytest.warns(FitWarning, match="ended far from the posterior.*standardize the data"):
+        SIVISM(model).run(100, 1e5 + torch.randn(20), progress_bar=False)
+
+
+def test_model_parameters_on_their_way_are_reported():
+    def model(y):
+        center = pyro.param("center", torch.tensor(0.0))
+        with pyro.plate("n", len(y)):
+            t = pyro.sample("t", dist.Normal(center, 1.0))
+            pyro.sample("y", dist.Normal(t, 0.5), obs=y)
+
+    with pytest.warns(FitWarning, match=r"\['center'\] were still moving"):
+        SIVISM(model).run(100, 30.0 + torch.randn(5), progress_bar=False)
+
+
+def _one_mean(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(mu, 1.0).expand([len(y)]).to_event(1), obs=y)
+
+
+def test_two_fits_may_share_an_objective():
+    loss = PathGradientKL()
+    first = SIVISM(_one_mean, loss=loss).setup(torch.zeros(5))
+    target = first._training.objective.target
+    SIVISM(_one_mean, loss=loss).setup(torch.ones(7))
+    assert first._training.objective.target is target
+
+
+def test_a_model_keyword_that_the_conversion_has_too_is_refused():
+    def model(y, prior=1.0):
+        mu = pyro.sample("mu", dist.Normal(0.0, prior))
+        pyro.sample("y", dist.Normal(mu, 1.0).expand([len(y)]).to_event(1), obs=y)
+
+    sivism = SIVISM(model)
+    sivism.run(3, torch.zeros(4), prior=2.0, progress_bar=False)
+    with pytest.raises(ArgumentError, match="prior: the model and the conversion"):
+        sivism.to_inference_data(torch.zeros(4), prior=2.0)
+    assert "posterior" in sivism.to_inference_data(num_samples=5)
+
+
+def test_numpy_integers_count_as_integers():
+    assert (
+        SIVISM(_one_mean, num_particles=np.int64(16)).run(np.int64(2), torch.zeros(3), progress_bar=False).num_steps
+        == 2
+    )

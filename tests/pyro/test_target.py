@@ -20,6 +20,7 @@ from pyro.infer.mcmc.util import initialize_model
 from torch.distributions import biject_to
 from zoo import ZOO
 
+from pyro_sivism.errors import ModelError
 from pyro_sivism.layout import LatentLayout
 from pyro_sivism.target import Target
 
@@ -405,3 +406,49 @@ def test_obs_mask_leaves_no_flat_direction(float64):
     assert masked.layout.names == plain.layout.names == ("mu", "y_unobserved")
     torch.testing.assert_close(masked.log_density(x), plain.log_density(x))
     torch.testing.assert_close(masked.score(x), plain.score(x))
+
+
+def test_obs_mask_under_a_scale_is_refused():
+    def model(y, seen):
+        sd = pyro.sample("sd", dist.HalfNormal(1.0))
+        with poutine.scale(scale=10.0), pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(0.0, sd), obs=y, obs_mask=seen)
+
+    args = torch.zeros(2), torch.tensor([True, False])
+    trace = poutine.trace(model).get_trace(*args)
+    with pytest.raises(ModelError, match=r"'y_unobserved' comes from obs_mask under poutine\.scale"):
+        Target(model, LatentLayout.from_trace(trace), trace, args)
+
+
+def test_a_latent_named_unobserved_keeps_its_mask():
+    def model():
+        with poutine.mask(mask=False):
+            pyro.sample("n_unobserved", dist.Normal(0.0, 1.0))
+
+    trace = poutine.trace(model).get_trace()
+    target = Target(model, LatentLayout.from_trace(trace), trace)
+    torch.testing.assert_close(target.score(torch.ones(1, 1)), torch.zeros(1, 1))
+
+
+def test_minibatches_together_are_the_full_data(float64):
+    """Where the minibatch divides the plate, one partition's average is the density of all rows."""
+    y = torch.linspace(-1.0, 2.0, 6)
+
+    def model(subsample_size):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("n", 6, subsample_size=subsample_size) as rows:
+            t = pyro.sample("t", dist.Normal(mu, 1.0))
+            pyro.sample("y", dist.Normal(t, 1.0), obs=y[rows])
+
+    targets = []
+    for subsample_size in (2, 6):
+        trace = poutine.trace(model).get_trace(subsample_size)
+        targets.append(Target(model, LatentLayout.from_trace(trace), trace, (subsample_size,)))
+    part, full = targets
+    assert full.over_minibatches() is full
+    x = torch.randn(3, 7)
+    held = part.minibatch
+    average = part.over_minibatches()
+    for got, want in zip(average.log_density_and_score(x), full.log_density_and_score(x)):
+        torch.testing.assert_close(got, want)
+    assert part.minibatch is held

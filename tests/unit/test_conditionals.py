@@ -21,7 +21,8 @@ pytestmark = pytest.mark.usefixtures("float64")
 def test_first_marginal_is_the_standard_normal(mixing_dim, init_scale, scale_depends_on_z):
     """From the weights: the networks are 0 everywhere, and ``W W' + diag sigma^2`` is the identity."""
     dim = 4
-    conditional = DiagonalNormal(dim, mixing_dim, (8,), init_scale=init_scale, scale_depends_on_z=scale_depends_on_z)
+    settings = {"init_scale": init_scale, "min_scale": 0.1, "scale_depends_on_z": scale_depends_on_z}
+    conditional = DiagonalNormal(dim, mixing_dim, (8,), **settings)
     z = 3 * torch.randn(50, mixing_dim)
     weight = conditional.loc.skip.weight
     with torch.no_grad():
