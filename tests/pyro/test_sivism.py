@@ -572,16 +572,16 @@ def test_banana_that_a_gaussian_cannot_fit():
     """y = x^2 + .3 noise, sd x = 1, corr(x^2, y) = sqrt(2 / 2.09) = .98.
 
     The Gaussian nearest in KL(q, p) has corr(x^2, y) = 0, and s = sd x at the minimum of
-    s^2 / 2 + s^4 / .09 - log s, which is .37: a thin slice of the banana. The defaults must leave at most a quarter of
-    its error in sd x; they are still narrow at the banana's ends.
+    s^2 / 2 + s^4 / .09 - log s, which is .37: a thin slice of the banana. The defaults must leave at most a third of
+    its error in both moments; they are still narrow at the banana's ends.
     """
     sivism = SIVISM(banana)
     sivism.run(1000, progress_bar=False)
     draws = sivism.sample(20_000)
     curvature = torch.corrcoef(torch.stack([draws["x"] ** 2, draws["y"]]))[0, 1]
     assert curvature > 0.9
-    assert abs(draws["x"].std() - 1) < (1 - 0.37) / 4
-    assert abs(draws["y"].mean() - 1) < (1 - 0.37**2) / 4
+    assert abs(draws["x"].std() - 1) < (1 - 0.37) / 3
+    assert abs(draws["y"].mean() - 1) < (1 - 0.37**2) / 3
 
 
 @pytest.mark.parametrize(("size", "subsample_size"), [(12, 3), (20, 2)])
