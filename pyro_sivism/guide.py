@@ -174,6 +174,8 @@ class SemiImplicitGuide(AutoContinuous):
         self.register_buffer("loc", layout.init_from_trace(trace))
         self.register_buffer("_fitted", torch.tensor(False))
         self.register_buffer("scale_tril", torch.full_like(self.loc, self._init_scale))
+        self.register_buffer("directions", None)
+        self.register_buffer("stretches", None)
         self.family = SemiImplicit(self._make_conditional(layout.dim, recipe)).to(layout.device, layout.dtype)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
@@ -206,12 +208,12 @@ class SemiImplicitGuide(AutoContinuous):
     def affine(self) -> AffineMap:
         """The map from the family's whitened space to the unconstrained latents."""
         self._require_set_up()
-        return AffineMap(self.loc, self.scale_tril)
+        return AffineMap(self.loc, self.scale_tril, self.directions, self.stretches)
 
     @affine.setter
     def affine(self, affine: AffineMap) -> None:
         layout = self.layout
-        self.loc, self.scale_tril = affine.to(layout.dtype, layout.device)
+        self.loc, self.scale_tril, self.directions, self.stretches = affine.to(layout.dtype, layout.device)
 
     # --- the posterior ------------------------------------------------------------------------------
 
