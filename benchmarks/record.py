@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import platform
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import arviz
 import pyro
@@ -28,3 +31,11 @@ def versions() -> dict[str, str]:
         "processor": platform.processor() or platform.machine(),
         "threads": str(torch.get_num_threads()),
     }
+
+
+def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Write the settings, the versions and one row for each measurement to ``args.out`` as JSON."""
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps({"versions": versions(), "settings": settings, "rows": rows}, indent=2) + "\n")
+    print(f"wrote {args.out}")

@@ -1,0 +1,183 @@
+"""What one batch of scores costs along each path, on a dozen kinds of model.
+
+    python benchmarks/capture.py                            # B = 100, one CPU thread, every model
+    python benchmarks/capture.py --problems logistic radon --particles 1000
+
+For each model, ``Target.score`` at B points is measured along each path that the package knows: ``captured`` (a graph
+replayed, no Pyro in it), ``vmap`` and ``plate`` (the model run once, eagerly, for the batch) and ``loop`` (the model
+run B times). Beside them stands ``pyro``: the model under an outermost plate of B particles, traced and
+differentiated by Pyro's own ELBOs, which is what ``SVI`` with ``vectorize_particles=True`` pays for its model.
+
+Reported are milliseconds of a score, the ratio of the captured path to the eager plates, and ``capture s``: seconds
+from the model to the first batch of scores along the captured path, its checks against single particles included.
+Every path's scores are compared with Pyro's; ``error`` is the largest difference, in units of the largest score. A path
+that cannot run a model has a dash, and its reason is in the JSON. Medians hide the self-checks that a path makes at
+intervals; the means, which do not, are in the JSON too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyro
+import record
+import torch
+from problems import PROBLEMS, Problem
+from pyro import poutine
+from pyro.infer import TraceEnum_ELBO, config_enumerate
+from timing import interleave, ratio
+from torch import Tensor
+
+from pyro_sivism.guide import SemiImplicitGuide
+from pyro_sivism.target import Target
+
+PATHS = ("captured", "vmap", "plate", "loop")
+EAGER_PLATES = ("plate", "pyro")
+
+Score = Callable[[Tensor], Tensor]
+
+
+def target_along(path: str, problem: Problem, points: Tensor) -> tuple[Target, float]:
+    """A target that computes its scores along one path, and the seconds until the first batch of them.
+
+    Raises:
+        RuntimeError: the path does not run the model; the message says why.
+    """
+    guide = SemiImplicitGuide(problem.model)
+    guide.setup(*problem.args)
+    trace = guide.trace_model(*problem.args)
+    started = time.perf_counter()
+    target = Target(problem.model, guide.layout, trace, problem.args, paths=() if path == "loop" else (path,))
+    if target.path.name != path:
+        raise RuntimeError(target.path.reason)
+    target.score(points)
+    return target, time.perf_counter() - started
+
+
+def score_by_pyro(problem: Problem, target: Target) -> Score:
+    """The score by Pyro alone: the conditioned model in a plate of particles, its ELBO differentiated."""
+    trace = poutine.trace(problem.model).get_trace(*problem.args)
+    plates = [frame.dim for node in trace.stochastic_nodes for frame in trace.nodes[node]["cond_indep_stack"]]
+    plates += [frame.dim for node in trace.observation_nodes for frame in trace.nodes[node]["cond_indep_stack"]]
+    nesting = -min((dim for dim in plates if dim is not None), default=0)
+    enumerates = any(msg["infer"].get("enumerate") for msg in trace.nodes.values() if msg["type"] == "sample")
+
+    def in_plate(num_particles: int) -> None:
+        with pyro.plate("particles", num_particles, dim=-1 - nesting):
+            problem.model(*problem.args)
+
+    def log_density(x: Tensor) -> Tensor:
+        aligned = x.reshape((len(x),) + (1,) * nesting + (-1,))
+        values = {site.name: site.transform(u) for site, u in target.layout.split_aligned(aligned)}
+        model = poutine.condition(in_plate, data=values | target.minibatch)
+        log_det = target.layout.log_abs_det_jacobian(x).sum()
+        if not enumerates:
+            return poutine.trace(model).get_trace(len(x)).log_prob_sum() + log_det
+        elbo = TraceEnum_ELBO(max_plate_nesting=nesting + 1)
+        return log_det - elbo.differentiable_loss(config_enumerate(model), _no_guide, len(x))
+
+    def score(x: Tensor) -> Tensor:
+        with pyro.validation_enabled(False), torch.enable_grad():
+            point = x.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(log_density(point), point)
+        return gradient
+
+    return score
+
+
+def _no_guide(*args: Any) -> None:
+    """Everything is given: the model has no latents left."""
+
+
+def measure(problem: Problem, args: argparse.Namespace) -> dict[str, Any]:
+    """One row: every path on one model."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(args.seed)
+    guide = SemiImplicitGuide(problem.model)
+    guide.setup(*problem.args)
+    reference = Target(problem.model, guide.layout, guide.trace_model(*problem.args), problem.args, paths=())
+    points = 0.3 * torch.randn(args.particles, reference.dim)
+    scores: dict[str, Score] = {}
+    reasons, setup_seconds = {}, {}
+    for path in args.paths:
+        try:
+            target, setup_seconds[path] = target_along(path, problem, points)
+        except RuntimeError as error:
+            reasons[path] = str(error)
+        else:
+            target.minibatch = reference.minibatch
+            scores[path] = target.score
+    scores["pyro"] = score_by_pyro(problem, reference)
+    want = scores["pyro"](points)
+    errors = {name: ((score(points) - want).abs().max() / want.abs().max()).item() for name, score in scores.items()}
+
+    loop = {name: score for name, score in scores.items() if name == "loop"}
+    batched = {name: score for name, score in scores.items() if name != "loop"}
+    with torch.no_grad():
+        seconds = interleave(_calls(batched, points), rounds=args.rounds, turn=args.turn)
+        # A loop takes as long as a hundred turns of the others and would spread their rounds apart.
+        seconds |= interleave(_calls(loop, points), rounds=3, turn=0.0, warm_up=1)
+    row: dict[str, Any] = {"problem": problem.name, "dim": reference.dim, "num_particles": args.particles}
+    for name, values in seconds.items():
+        row[f"{name}_ms_median"] = 1e3 * statistics.median(values)
+        row[f"{name}_ms_mean"] = 1e3 * statistics.mean(values)
+    for name in EAGER_PLATES:
+        if "captured" in seconds and name in seconds:
+            row[f"captured_over_{name}"] = ratio(seconds["captured"], seconds[name])
+    return row | {"setup_seconds": setup_seconds, "errors": errors, "reasons": reasons}
+
+
+def _calls(scores: dict[str, Score], points: Tensor) -> dict[str, Callable[[], Tensor]]:
+    return {name: lambda score=score: score(points) for name, score in scores.items()}
+
+
+def print_header() -> None:
+    columns = "".join(f"{name + ' ms':>12s}" for name in (*PATHS, "pyro"))
+    ratios = "".join(f"{'/ ' + name:>9s}" for name in EAGER_PLATES)
+    print(f"{'model':22s} {'D':>5s}{columns}{ratios} {'capture s':>10s} {'error':>8s}")
+
+
+def print_row(row: dict[str, Any]) -> None:
+    def cell(key: str, width: int, digits: int) -> str:
+        return f"{row[key]:{width}.{digits}f}" if key in row else f"{'-':>{width}s}"
+
+    columns = "".join(cell(f"{name}_ms_median", 12, 3) for name in (*PATHS, "pyro"))
+    ratios = "".join(cell(f"captured_over_{name}", 9, 2) for name in EAGER_PLATES)
+    capture = f"{row['setup_seconds']['captured']:10.2f}" if "captured" in row["setup_seconds"] else f"{'-':>10s}"
+    print(
+        f"{row['problem']:22s} {row['dim']:5d}{columns}{ratios} {capture} {max(row['errors'].values()):8.1e}",
+        flush=True,
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
+    parser.add_argument("--paths", nargs="+", choices=PATHS, default=list(PATHS))
+    parser.add_argument("--particles", type=int, default=100, help="B, points in a batch")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--turn", type=float, default=0.05, help="seconds each path works in a round, at least")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="a few rounds of small batches")
+    parser.add_argument("--out", type=Path, default=Path("results/capture.json"))
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.particles, args.rounds, args.turn = 5, 3, 0.0
+    torch.set_num_threads(args.threads)
+
+    rows = []
+    print_header()
+    for name in args.problems:
+        rows.append(measure(PROBLEMS[name](), args))
+        print_row(rows[-1])
+    record.write(args, rows)
+
+
+if __name__ == "__main__":
+    main()
