@@ -23,8 +23,9 @@ from torch.distributions import register_kl
 from pyro_sivism.bijections import bijection
 from pyro_sivism.errors import ArgumentError, NotSetUpError
 from pyro_sivism.family import AffineMap, Conditional, DiagonalNormal, LogDensityEstimate, SemiImplicit
-from pyro_sivism.layout import LatentLayout, check_support, is_enumerable, log_abs_det_jacobian
+from pyro_sivism.layout import LatentLayout
 from pyro_sivism.recipe import Recipe
+from pyro_sivism.sites import check_support, is_enumerable, log_abs_det_jacobian
 
 __all__ = ["SemiImplicitGuide", "SemiImplicitPosterior"]
 

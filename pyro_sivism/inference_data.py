@@ -19,9 +19,11 @@ import xarray
 from torch import Tensor, nn
 
 from pyro_sivism.errors import ArgumentError, NotSetUpError, SivismWarning
+from pyro_sivism.labels import Labels, as_numpy
 from pyro_sivism.layout import LatentLayout
 from pyro_sivism.target import Target
-from pyro_sivism.target.replay import Replay, ReplaySite
+from pyro_sivism.target.paths import first_line
+from pyro_sivism.target.replay import Replay
 from pyro_sivism.version import __version__
 from pyro_sivism.warn import warn
 
@@ -119,16 +121,16 @@ def to_inference_data(
     trace = sivism.guide.trace_model(*args, **kwargs)
     layout.check_same(LatentLayout.from_trace(trace))
     replay = Replay(sivism.model, layout, trace, args, kwargs)
+    left_out = _LeftOut()
     for site, reason in replay.left_out.items():
-        _warn_left_out(f"site '{site}'", reason)
-
+        left_out.add(reason, name=site)
     for site in replay.moving_sites:
-        _warn_left_out(f"site '{site}'", "its observed value depends on the latents, so it is a term of lp and no data")
+        left_out.add("an observed value that depends on the latents is a term of lp and no data", name=site)
     constant = (
         _constant_data(sivism.model, args, kwargs, replay.observed.values()) if constant_data is None else constant_data
     )
-    constants = {name: _numpy(value) for name, value in constant.items()}
-    labels = _Labels(replay.sites, {name: value.ndim for name, value in constants.items()}, coords, dims)
+    constants = {name: as_numpy(value) for name, value in constant.items()}
+    labels = Labels(replay.sites, {name: value.ndim for name, value in constants.items()}, coords, dims)
     groups: dict[str, xarray.Dataset] = {}
 
     x = sivism.sample_unconstrained(num_samples)
@@ -141,22 +143,25 @@ def to_inference_data(
         likelihood = evaluation.log_likelihood if log_likelihood else {}
         for site, reason in evaluation.left_out.items():
             if site in replay.of_kind("deterministic"):
-                _warn_left_out(f"'{site}' of posterior", reason)
+                left_out.add(reason, "posterior", site)
             elif site in replay.sites and log_likelihood:
-                _warn_left_out(f"'{site}' of log_likelihood", reason)
+                left_out.add(reason, "log_likelihood", site)
     groups["posterior"] = labels.dataset(posterior)
     if posterior_predictive and replay.of_kind("observed"):
-        simulated = _simulate(replay, "posterior_predictive", num_samples, values, batch_size)
+        simulated = _simulate(replay, left_out, "posterior_predictive", num_samples, values, batch_size)
         groups["posterior_predictive"] = labels.dataset(_of_kind(simulated, replay, "observed"))
     groups["log_likelihood"] = labels.dataset({k: v.double() for k, v in likelihood.items()}, batch_only=True)
-    groups["sample_stats"] = labels.dataset(_log_density(sivism.model, layout, trace, args, kwargs, replay, x))
+    groups["sample_stats"] = labels.dataset(
+        _log_density(Target(sivism.model, layout, trace, args, kwargs), replay, left_out, x)
+    )
     if num_prior:
-        drawn = _draw_prior(replay, num_prior, batch_size)
+        drawn = _draw_prior(replay, left_out, num_prior, batch_size)
         groups["prior"] = labels.dataset(_of_kind(drawn, replay, "latent", "deterministic"))
         groups["prior_predictive"] = labels.dataset(_of_kind(drawn, replay, "observed"))
     groups["observed_data"] = labels.dataset(replay.observed, sampled=False)
     groups["constant_data"] = labels.dataset(constants, sampled=False)
     groups["unconstrained_posterior"] = labels.unconstrained({s.name: u for s, u in layout.split(x)}, layout)
+    left_out.warn()
     return _container(groups, _fit_attrs(sivism))
 
 
@@ -184,46 +189,42 @@ def _constant_data(model: Callable, args: Sequence, kwargs: Mapping[str, Any], o
             named |= value
         else:
             named[name] = value
-    known = [_numpy(value) for value in observed]
-    arrays = {name: _numpy(value) for name, value in named.items() if isinstance(value, (Tensor, np.ndarray))}
+    known = [as_numpy(value) for value in observed]
+    arrays = {name: as_numpy(value) for name, value in named.items() if isinstance(value, (Tensor, np.ndarray))}
     return {name: array for name, array in arrays.items() if not any(_equal(array, other) for other in known)}
 
 
-def _simulate(replay: Replay, group: str, num_samples: int, values: Any, batch_size: int | None) -> dict[str, Tensor]:
+def _simulate(
+    replay: Replay, left_out: _LeftOut, group: str, num_samples: int, values: Any, batch_size: int | None
+) -> dict[str, Tensor]:
     try:
         return replay.simulate(num_samples, values, batch_size)
     except Exception as error:  # a likelihood without a sampler, say, must not cost the user the other groups
-        reason = f"drawing from the model failed with {type(error).__name__}: {_first_line(error)}"
-        _warn_left_out(group, reason)
+        left_out.add(f"drawing from the model failed with {first_line(error)}", group)
         return {}
 
 
-def _draw_prior(replay: Replay, num_samples: int, batch_size: int | None) -> dict[str, Tensor]:
+def _draw_prior(replay: Replay, left_out: _LeftOut, num_samples: int, batch_size: int | None) -> dict[str, Tensor]:
+    group = "prior and prior_predictive"
     if replay.flat_sites:
-        flat = ", ".join(f"'{name}'" for name in replay.flat_sites)
-        reason = f"the density of {flat} is masked, so the prior is not the distribution it is sampled from"
-        _warn_left_out("prior and prior_predictive", reason)
+        flat = _quoted(replay.flat_sites)
+        left_out.add(f"the density of {flat} is masked, so the prior is not the distribution it is sampled from", group)
         return {}
     if replay.moving_sites:
-        terms = ", ".join(f"'{name}'" for name in replay.moving_sites)
-        _warn_left_out(
-            "prior and prior_predictive", f"{terms} changes the prior, and the model does not draw from that"
-        )
+        terms = _quoted(replay.moving_sites)
+        left_out.add(f"{terms} changes the prior, and the model does not draw from that", group)
         return {}
-    return _simulate(replay, "prior and prior_predictive", num_samples, None, batch_size)
+    return _simulate(replay, left_out, group, num_samples, None, batch_size)
 
 
 @torch.no_grad()
-def _log_density(
-    model: Callable, layout: LatentLayout, trace: Any, args: Any, kwargs: Any, replay: Replay, x: Tensor
-) -> dict[str, Tensor]:
+def _log_density(target: Target, replay: Replay, left_out: _LeftOut, x: Tensor) -> dict[str, Tensor]:
     """``lp`` on the full data: with minibatches, the mean of their scaled log densities over an even cover."""
-    target = Target(model, layout, trace, args, kwargs)
     minibatches = replay.even_minibatches()
     if minibatches is None or set(target.minibatch) != set(replay.subsampled_plates):
-        plates = ", ".join(f"'{name}'" for name in replay.subsampled_plates)
+        plates = _quoted(replay.subsampled_plates)
         reason = f"plate {plates} subsamples, and no set of its minibatches visits each element of the full data once"
-        _warn_left_out("'lp' of sample_stats", reason)
+        left_out.add(reason, "sample_stats", "lp")
         return {}
     total = x.new_zeros(len(x), dtype=torch.float64)
     for minibatch in minibatches:
@@ -236,105 +237,35 @@ def _of_kind(found: Mapping[str, Tensor], replay: Replay, *kinds: str) -> dict[s
     return {name: value for name, value in found.items() if replay.sites[name].kind in kinds}
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0]
-
-
-def _warn_left_out(what: str, reason: str) -> None:
-    warn(f"the InferenceData leaves out {what}: {reason}.", SivismWarning)
-
-
-# --- dims and coords --------------------------------------------------------------------------------
-
-
-class _Labels:
-    """Names for the dims of every variable, and labels along them; the user's win."""
-
-    def __init__(
-        self,
-        sites: Mapping[str, ReplaySite],
-        constants: Mapping[str, int],
-        coords: Mapping[str, Sequence] | None,
-        dims: Mapping[str, Sequence[str]] | None,
-    ) -> None:
-        self._event_dims = {name: site.event_dim for name, site in sites.items()}
-        # xarray takes a variable named as its own dim for a coordinate, and chain and draw are ArviZ's.
-        taken = {"chain", "draw", *sites, *constants}
-        self._dims: dict[str, tuple[str, ...]] = {
-            **{name: tuple(f"{name}_dim_{i}" for i in range(ndim)) for name, ndim in constants.items()},
-            **{name: tuple(f"{d}_dim" if d in taken else d for d in site.dims) for name, site in sites.items()},
-            "lp": (),
-        }
-        for name, given in (dims or {}).items():
-            if name not in self._dims:
-                raise ArgumentError(f"dims names the variable '{name}'; expected one of {sorted(self._dims)}")
-            if isinstance(given, str) or len(given) != len(self._dims[name]):
-                raise ArgumentError(
-                    f"dims gives '{name}' {given!r}; expected {len(self._dims[name])} names in a list, in the place of "
-                    f"{list(self._dims[name])} (chain and draw are not to be named)"
-                )
-            self._dims[name] = tuple(given)
-        self._coords = dict(coords or {})
-        known = {dim for names in self._dims.values() for dim in names}
-        for dim in self._coords:
-            if dim not in known:
-                raise ArgumentError(f"coords labels the dim '{dim}'; expected one of {sorted(known)}")
-
-    def dataset(
-        self, values: Mapping[str, Tensor | np.ndarray], sampled: bool = True, batch_only: bool = False
-    ) -> xarray.Dataset:
-        """Variables with their dims; ``batch_only`` for values without the sites' event dims."""
-        dims = {}
-        for name in values:
-            names = self._dims[name]
-            dims[name] = names[: len(names) - self._event_dims[name]] if batch_only else names
-        return self._build(values, dims, sampled)
-
-    def unconstrained(self, values: Mapping[str, Tensor], layout: LatentLayout) -> xarray.Dataset:
-        """As :meth:`dataset`; an event whose shape differs from the constrained one has dims of its own."""
-        dims = {}
-        for site in layout.sites:
-            names = self._dims[site.name]
-            if site.unconstrained_shape != site.shape:
-                count = range(site.unconstrained_event_dim)
-                event = tuple(f"{site.name}_unconstrained_dim_{i}" for i in count)
-                names = names[: len(site.shape) - site.event_dim] + event
-            dims[site.name] = names
-        return self._build(values, dims, sampled=True)
-
-    def _build(
-        self, values: Mapping[str, Tensor | np.ndarray], dims: Mapping[str, tuple[str, ...]], sampled: bool
-    ) -> xarray.Dataset:
-        variables: dict[str, tuple] = {}
-        sizes: dict[str, int] = {}
-        for name, value in values.items():
-            array = _numpy(value)
-            names = ("chain", "draw", *dims[name]) if sampled else dims[name]
-            array = array[None] if sampled else array
-            for dim, size in zip(names, array.shape):
-                if sizes.setdefault(dim, size) != size:
-                    raise ArgumentError(
-                        f"dim '{dim}' has size {sizes[dim]} elsewhere and {size} in '{name}', of shape {array.shape}; "
-                        "give it another name by dims"
-                    )
-            variables[name] = (names, array)
-        labels = {}
-        for dim, size in sizes.items():
-            labels[dim] = np.asarray(self._coords.get(dim, np.arange(size)))
-            if len(labels[dim]) != size:
-                raise ArgumentError(f"coords gives {len(labels[dim])} labels for dim '{dim}', which has size {size}")
-        return xarray.Dataset(variables, coords=labels)
-
-
-def _numpy(value: Any) -> np.ndarray:
-    if not isinstance(value, Tensor):
-        return np.asarray(value)
-    value = value.detach().cpu()
-    return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
-
-
 def _equal(a: np.ndarray, b: np.ndarray) -> bool:
     return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+# --- what is left out -------------------------------------------------------------------------------
+
+
+class _LeftOut:
+    """What the InferenceData does without, told in one warning for each reason."""
+
+    def __init__(self) -> None:
+        self._names: dict[tuple[str, str], list[str]] = {}
+
+    def add(self, reason: str, group: str = "", name: str = "") -> None:
+        """A variable of a group, a whole group, or a site wherever it would appear."""
+        self._names.setdefault((group, reason), []).append(name)
+
+    def warn(self) -> None:
+        for (group, reason), names in self._names.items():
+            if not group:
+                what = f"site{'s' * (len(names) > 1)} {_quoted(names)}"
+            else:
+                what = f"{_quoted(names)} of {group}" if names[0] else group
+            warn(f"the InferenceData leaves out {what}: {reason}.", SivismWarning)
+
+
+def _quoted(names: Sequence[str], most: int = 6) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(f"'{name}'" for name in names[:most]) + rest
 
 
 # --- the container ----------------------------------------------------------------------------------

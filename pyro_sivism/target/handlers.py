@@ -26,9 +26,16 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_sivism.errors import LayoutChangedError, ModelError
-from pyro_sivism.layout import LatentSite
+from pyro_sivism.sites import LatentSite
 
-__all__ = ["Enumerate", "LogJoint", "SubstituteLatents", "enumerated_log_joint"]
+__all__ = [
+    "Enumerate",
+    "LogJoint",
+    "SubstituteLatents",
+    "enumerated_log_joint",
+    "minibatch_rows",
+    "vanished_site",
+]
 
 
 class SubstituteLatents(Messenger):
@@ -72,7 +79,7 @@ class SubstituteLatents(Messenger):
             self._observed.add(name)
             return
         if name in self._values:
-            msg["value"] = self._take_minibatch(msg, self._values[name])
+            msg["value"] = minibatch_rows(msg, self._values[name], self._sites[name].event_dim, self._indices)
             msg["done"] = True
             self._drawn.add(name)
             if name.endswith("_unobserved") and name.removesuffix("_unobserved") + "_observed" in self._observed:
@@ -97,22 +104,26 @@ class SubstituteLatents(Messenger):
         super().__exit__(exc_type, exc_value, traceback)
         missing = [name for name in self._values if name not in self._drawn]
         if exc_type is None and missing:
-            raise ModelError(
-                f"latent site '{missing[0]}' was drawn at set-up but not at other values of the latents; "
-                "expected the same sites in every run. Replace the branch by torch.where or a mixture."
-            )
+            raise vanished_site(f"latent site '{missing[0]}'")
 
-    def _take_minibatch(self, msg: dict, value: Tensor) -> Tensor:
-        """The rows of a full-size value that the plates around the site have drawn."""
-        site = self._sites[msg["name"]]
-        for frame in msg["cond_indep_stack"]:
-            if frame.vectorized and frame.full_size is not None and frame.size < frame.full_size:
-                dim = frame.dim - site.event_dim
-                indices = self._indices[frame.name]
-                if not isinstance(indices, Tensor):
-                    indices = torch.tensor(list(indices), device=value.device)
-                value = value.index_select(dim, indices.to(value.device))
-        return value
+
+def minibatch_rows(msg: dict, value: Tensor, event_dim: int, indices: Mapping[str, Any]) -> Tensor:
+    """The rows of a full-size value that the subsampling plates around its site hold in this run."""
+    for frame in msg["cond_indep_stack"]:
+        if frame.vectorized and frame.full_size is not None and frame.size < frame.full_size:
+            rows = indices[frame.name]
+            if not isinstance(rows, Tensor):
+                rows = torch.tensor(list(rows), device=value.device)
+            value = value.index_select(frame.dim - event_dim, rows.to(value.device))
+    return value
+
+
+def vanished_site(site: str) -> ModelError:
+    """The error for a ``site`` of the prototype that another run of the model has not."""
+    return ModelError(
+        f"{site} was there at set-up but not at other values of the latents; expected the same sites in every run. "
+        "Replace the branch by torch.where or a mixture."
+    )
 
 
 def _unmask_partly_observed(msg: dict) -> None:

@@ -12,14 +12,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import pyro.distributions as dist
 import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
-from pyro_sivism.layout import is_enumerable
+from pyro_sivism.sites import is_factor, site_kind
 
-__all__ = ["innermost", "is_factor", "pointwise_log_likelihood", "site_kind"]
+__all__ = ["pointwise_log_likelihood"]
 
 
 def pointwise_log_likelihood(messages: Sequence[dict], nesting: int) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -60,16 +59,16 @@ def pointwise_log_likelihood(messages: Sequence[dict], nesting: int) -> tuple[di
         members = [other for other in log_probs if dims[other] & connected]
         latents = [other for other in members if other in enumerated]
         if len({enumerated[other] for other in latents}) < len(latents):
-            reasons[name] = f"it hangs on a chain of discrete latents ({', '.join(latents[:3])}, ...)"
+            reasons[name] = f"a chain of discrete latents ({', '.join(latents[:3])}, ...) ties observations together"
         elif any(other in observed and other != name for other in members):
-            reasons[name] = f"it shares the discrete latent '{latents[0]}' with other observed sites"
+            reasons[name] = f"several observed sites share the discrete latent '{latents[0]}'"
         elif any(plates[other] != plates[name] for other in members):
-            reasons[name] = f"its discrete latent '{latents[0]}' is shared by several observations"
+            reasons[name] = f"several observations share the discrete latent '{latents[0]}'"
         else:
             joint = sum(log_probs[other] for other in members)
             rest = sum(log_probs[other] for other in members if other != name)
             result[name] = _sum_out(joint, connected, nesting) - _sum_out(rest, connected, nesting)
-    note = ", so that its observations are not independent given the continuous latents, as LOO needs"
+    note = ", so that they are not independent given the continuous latents, as LOO needs"
     return result, {name: reason + note for name, reason in reasons.items()}
 
 
@@ -86,21 +85,3 @@ def _sum_out(log_prob: Any, dims: set[int], nesting: int) -> Tensor:
     present = [d for d in dims if log_prob.dim() >= -d]
     total = torch.logsumexp(log_prob, present, keepdim=True) if present else log_prob
     return total.reshape(total.shape[max(0, total.dim() - nesting) :])
-
-
-def site_kind(msg: dict) -> str:
-    if msg["infer"].get("_deterministic") or (msg["is_observed"] and isinstance(innermost(msg["fn"]), dist.Delta)):
-        return "deterministic"  # the second is what reparametrizing a site leaves of it
-    if msg["is_observed"]:
-        return "observed"
-    return "discrete" if is_enumerable(msg) else "latent"
-
-
-def is_factor(msg: dict) -> bool:
-    return isinstance(innermost(msg["fn"]), dist.Unit)
-
-
-def innermost(fn: Any) -> Any:
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return fn

@@ -8,18 +8,18 @@ predictive, or with no latents given the prior and its predictive.
 and agrees with a plain loop at the first draws: in every value for :meth:`Replay.evaluate`, in the log density of
 what was drawn for :meth:`Replay.simulate`. Otherwise the loop is taken.
 
-**Minibatches.** A plate that subsamples N elements down to B runs ceil(N / B) times with fixed indices that cover
-all N, and the results are put together at full size; the last run overlaps where B does not divide N. That is right
-only if the data follow the plate's indices, which a second cover in random order checks.
+**Minibatches** that cover the subsampling plates are run one by one, and the results are put together at full size
+(see ``minibatches``). That is right only if the data follow the plates' indices, which a second cover in random order
+checks.
 
 **Discrete latents** are summed out of the log likelihood where they belong to one observation: see ``pointwise``.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,67 +28,28 @@ import torch
 from pyro import poutine
 from pyro.infer import config_enumerate
 from pyro.poutine import Trace
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
-from torch import Size, Tensor
+from torch import Tensor
 from torch.func import vmap
 
-from pyro_sivism.errors import ModelError
-from pyro_sivism.layout import LatentLayout, PlateDim
+from pyro_sivism.layout import LatentLayout
+from pyro_sivism.sites import is_factor, is_masked_out
 from pyro_sivism.target.functorch import functorch_ready
 from pyro_sivism.target.handlers import Enumerate
-from pyro_sivism.target.pointwise import is_factor, pointwise_log_likelihood, site_kind
+from pyro_sivism.target.minibatches import Indices, MinibatchCover
+from pyro_sivism.target.paths import agree
+from pyro_sivism.target.pointwise import pointwise_log_likelihood
+from pyro_sivism.target.replay_handlers import Draw, Hold, ReplaySite
 from pyro_sivism.target.sampling import functional_sampling
 
-__all__ = ["Evaluation", "Replay", "ReplaySite"]
+__all__ = ["Evaluation", "Replay"]
 
-Indices = Mapping[str, Tensor]
 Tensors = dict[str, Tensor]
 Keyed = dict[tuple[str, str], Tensor]  # (group, site) -> values
 
 _NUMBERS_PER_BATCH = 2**22
 _CHECKED_DRAWS = 2
-
-
-@dataclass(frozen=True)
-class ReplaySite:
-    """A site of the model at full plate size.
-
-    Attributes:
-        name: its name.
-        kind: "latent", "discrete", "observed" or "deterministic".
-        shape: of its value, ``batch_shape + event_shape``.
-        event_dim: how many dims on the right belong to one event.
-        plates: the vectorized plates around it, outermost first.
-    """
-
-    name: str
-    kind: str
-    shape: Size
-    event_dim: int
-    plates: tuple[PlateDim, ...]
-
-    @property
-    def batch_shape(self) -> Size:
-        return self.shape[: len(self.shape) - self.event_dim]
-
-    @property
-    def subsampled_plates(self) -> tuple[PlateDim, ...]:
-        return tuple(plate for plate in self.plates if plate.is_subsampled)
-
-    @property
-    def dims(self) -> tuple[str, ...]:
-        """A name for each dim of the value: the plate's where there is one, else ``site_dim_i``."""
-        names = {plate.dim + len(self.batch_shape): plate.name for plate in self.plates}
-        return tuple(names.get(i, f"{self.name}_dim_{i}") for i in range(len(self.shape)))
-
-    @property
-    def minibatch_shape(self) -> Size:
-        """The shape of the value in one run of the model."""
-        shape = list(self.shape)
-        for plate in self.subsampled_plates:
-            shape[plate.dim - self.event_dim] = plate.subsample_size
-        return Size(shape)
+_DRAW = "_pyro_sivism_draw"
 
 
 @dataclass(frozen=True)
@@ -150,32 +111,26 @@ class Replay:
         self.model, self.layout = model, layout
         self.args, self.kwargs = tuple(args), dict(kwargs or {})
         nodes = [msg for msg in trace.nodes.values() if msg["type"] == "sample" and not site_is_subsample(msg)]
-        frames = {frame.name: frame for msg in nodes for frame in msg["cond_indep_stack"]}
-        self._nesting = -min((frame.dim for frame in frames.values() if frame.vectorized), default=0)
-        self._subsampled = {f.name: f for f in frames.values() if f.full_size is not None and f.size < f.full_size}
-        # A sequential plate names its sites by its indices; they stay those of the prototype.
-        self._fixed_indices = {
-            name: trace.nodes[name]["value"]
-            for name, frame in self._subsampled.items()
-            if not frame.vectorized and name in trace.nodes
-        }
-        self.left_out: dict[str, str] = {}
+        dims = [frame.dim for msg in nodes for frame in msg["cond_indep_stack"] if frame.vectorized]
+        self._nesting = -min(dims, default=0)
+        self._cover = MinibatchCover(trace, layout.device)
         self._reasons: dict[str, str] = {}
-        self.flat_sites = [msg["name"] for msg in nodes if not msg["is_observed"] and _is_masked_out(msg)]
+        self.left_out: dict[str, str] = {}
+        self.flat_sites = [msg["name"] for msg in nodes if not msg["is_observed"] and is_masked_out(msg)]
         self.sites: dict[str, ReplaySite] = {}
         for msg in nodes:
-            sequential = [frame.name for frame in msg["cond_indep_stack"] if frame.name in self._fixed_indices]
-            if is_factor(msg):  # pyro.factor: a density, and no observation
+            sequential = [frame.name for frame in msg["cond_indep_stack"] if frame.name in self._cover.fixed]
+            if is_factor(msg):
                 continue
             if sequential:
                 self.left_out[msg["name"]] = (
-                    f"the sequential plate '{sequential[0]}' draws which of its sites exist; use it as a context "
+                    f"the sequential plate '{sequential[0]}' draws which of its sites exist. Use it as a context "
                     "manager, or give it its full size here"
                 )
                 continue
-            self.sites[msg["name"]] = _replay_site(msg)
+            self.sites[msg["name"]] = ReplaySite.from_message(msg)
         self._enumerates = any(site.kind == "discrete" for site in self.sites.values())
-        if any(frame.vectorized for frame in self._subsampled.values()):
+        if self._cover.vectorized_plates:
             self._check_data_follow_indices()
         self.observed, self.moving_sites = self._find_data()
 
@@ -185,13 +140,12 @@ class Replay:
     @property
     def subsampled_plates(self) -> list[str]:
         """The names of the plates that are smaller in one run of the model than in full."""
-        return list(self._subsampled)
+        return self._cover.plates
 
     def even_minibatches(self) -> list[Indices] | None:
         """Minibatches that visit every element of the subsampling plates once, so that the mean of their scaled log
         densities is that of the full data; None if there are none."""
-        even = all(frame.vectorized and frame.full_size % frame.size == 0 for frame in self._subsampled.values())
-        return list(self._cover()) if even and not self.left_out else None
+        return list(self._cover.minibatches()) if self._cover.is_even and not self.left_out else None
 
     # --- what is asked for --------------------------------------------------------------------------
 
@@ -232,35 +186,35 @@ class Replay:
 
     # --- one run of the model -----------------------------------------------------------------------
 
-    def _run_model(self, handler: _Hold) -> None:
-        with poutine.block(), pyro.validation_enabled(False), handler:
-            self.model(*self.args, **self.kwargs)
+    def _run_model(self, handler: Hold, enumerate_discrete: bool = False) -> None:
+        model = self.model
+        with poutine.block(), pyro.validation_enabled(False), handler, ExitStack() as stack:
+            if enumerate_discrete:
+                stack.enter_context(Enumerate(-1 - self._nesting))
+                model = config_enumerate(model, default="parallel")
+            model(*self.args, **self.kwargs)
 
     def _observe(self, values: Tensors, minibatch: Indices) -> Keyed:
-        handler = _Hold(self.sites, values, minibatch)
+        """The observed values of one minibatch."""
+        handler = Hold(self.sites, values, minibatch)
         self._run_model(handler)
         return {("observed", name): handler.value(name) for name in self.of_kind("observed")}
 
     def _evaluate_one(self, values: Tensors, minibatch: Indices) -> Keyed:
         """The log likelihood and the deterministic sites of one draw and minibatch."""
-        handler = _Hold(self.sites, values, minibatch)
-        if self._enumerates:
-            with poutine.block(), pyro.validation_enabled(False), handler, Enumerate(-1 - self._nesting):
-                config_enumerate(self.model, default="parallel")(*self.args, **self.kwargs)
-        else:
-            self._run_model(handler)
+        handler = Hold(self.sites, values, minibatch)
+        self._run_model(handler, self._enumerates)
         result: Keyed = {}
         log_likelihood, reasons = pointwise_log_likelihood(list(handler.messages.values()), self._nesting)
         for name, site in self.sites.items():
             if site.kind == "observed" and name in log_likelihood:
-                shape = site.minibatch_shape[: len(site.batch_shape)]
-                result["log_likelihood", name] = log_likelihood[name].expand(shape)
+                result["log_likelihood", name] = log_likelihood[name].expand(site.minibatch_batch_shape)
             elif site.kind == "deterministic":
                 value = handler.value(name, broadcast=False)
                 if value.shape == site.minibatch_shape:
                     result["deterministic", name] = value
                 else:
-                    reasons[name] = "it depends on a discrete latent that is summed over, so it has no one value"
+                    reasons[name] = "what depends on a discrete latent that is summed over has no one value"
         self._reasons.update(reasons)
         return result
 
@@ -268,7 +222,7 @@ class Replay:
         self, values: Tensors, partial: Tensors, minibatch: Indices, done: Tensors, with_log_prob: bool = False
     ) -> Keyed:
         """The values of one draw and minibatch, and the log density of those that were drawn."""
-        handler = _Draw(self.sites, values, minibatch, partial, done)
+        handler = Draw(self.sites, values, minibatch, partial, done)
         self._run_model(handler)
         names = [name for name in self.sites if name not in values]
         result: Keyed = {("value", name): handler.value(name) for name in names}
@@ -279,40 +233,31 @@ class Replay:
 
     # --- batches, minibatches and paths -------------------------------------------------------------
 
-    def _vmap(self, run_one: Callable, batched: Sequence[Tensors], *rest: Any) -> Keyed:
-        with functorch_ready(), functional_sampling():
-            return vmap(lambda *one: run_one(*one, *rest), randomness="different")(*batched)
-
-    def _loop(self, run_one: Callable, batched: Sequence[Tensors], *rest: Any) -> Keyed:
-        size = len(next(iter(batched[0].values())))
-        runs = [run_one(*({k: v[i] for k, v in part.items()} for part in batched), *rest) for i in range(size)]
-        return {key: torch.stack([run[key] for run in runs]) for key in runs[0]}
-
     def _choose_evaluation(self, values: Mapping[str, Tensor]) -> Callable:
         """``vmap`` if it runs and agrees with the loop at the first draws, else the loop."""
         few = [{name: value[:_CHECKED_DRAWS] for name, value in values.items()}]
-        minibatch = next(self._cover())
-        want = self._loop(self._evaluate_one, few, minibatch)
+        minibatch = next(self._cover.minibatches())
+        want = _loop(self._evaluate_one, few, minibatch)
         try:
-            got = self._vmap(self._evaluate_one, few, minibatch)
+            got = _vmap(self._evaluate_one, few, minibatch)
         except Exception:  # any failure of the user's model under vmap means "not this path"
-            return self._loop
-        return self._vmap if got.keys() == want.keys() and all(_close(got[k], want[k]) for k in want) else self._loop
+            return _loop
+        return _vmap if got.keys() == want.keys() and all(agree(got[k], want[k]) for k in want) else _loop
 
     def _choose_simulation(self, values: Tensors) -> Callable:
         """``vmap`` if a loop held at what it draws finds the same log density there, else the loop."""
         few = {name: value[:_CHECKED_DRAWS] for name, value in values.items()}
-        minibatch = next(self._cover())
+        minibatch = next(self._cover.minibatches())
         try:
-            got = self._vmap(self._simulate_one, [few, {}], minibatch, {}, True)
+            got = _vmap(self._simulate_one, [few, {}], minibatch, {}, True)
         except Exception:  # any failure of the user's model under vmap means "not this path"
-            return self._loop
+            return _loop
         drawn: Tensors = {}
         done: Tensors = {}
         for name in (name for group, name in got if group == "log_prob"):
             self._put_drawn(drawn, done, self.sites[name], got["value", name], minibatch)
-        want = self._loop(self._simulate_one, [few, drawn], minibatch, done, True)
-        return self._vmap if all(_close(got[key], want[key]) for key in want) else self._loop
+        want = _loop(self._simulate_one, [few, drawn], minibatch, done, True)
+        return _vmap if all(agree(got[key], want[key]) for key in want) else _loop
 
     def _in_batches(self, values: Mapping[str, Tensor], batch_size: int | None, run: Callable) -> dict:
         """``run`` on slices of the draws, put together on the CPU."""
@@ -337,60 +282,36 @@ class Replay:
     ) -> Keyed:
         """``run`` on each minibatch of a cover, put together at full size."""
         result: Keyed = {}
-        for minibatch in self._cover(generator):
+        for minibatch in self._cover.minibatches(generator):
             for key, value in run(run_one, [values], minibatch).items():
                 site = self.sites[key[1]]
-                self._put(result, key, value, site, 0 if key[0] == "log_likelihood" else site.event_dim, minibatch)
+                event_dim = 0 if key[0] == "log_likelihood" else site.event_dim
+                self._cover.put(result, key, value, site, event_dim, minibatch)
         return result
 
     def _simulate_batch(self, values: Tensors, run: Callable) -> Tensors:
         """Draw minibatch by minibatch; each holds what the ones before it have drawn, so that a draw is one whole."""
         partial: Tensors = {}
         done: Tensors = {}
-        for minibatch in self._cover():
+        for minibatch in self._cover.minibatches():
             for (_, name), value in run(self._simulate_one, [values, partial], minibatch, done).items():
                 self._put_drawn(partial, done, self.sites[name], value, minibatch)
         return partial
 
     def _put_drawn(self, partial: Tensors, done: Tensors, site: ReplaySite, value: Tensor, minibatch: Indices) -> None:
         """Write a minibatch's draws into those so far, and mark where they are."""
-        self._put(partial, site.name, value, site, site.event_dim, minibatch)
+        self._cover.put(partial, site.name, value, site, site.event_dim, minibatch)
         held = {site.name: done[site.name][None]} if site.name in done else {}
-        self._put(held, site.name, torch.ones_like(value[:1], dtype=torch.bool), site, site.event_dim, minibatch)
+        self._cover.put(held, site.name, torch.ones_like(value[:1], dtype=torch.bool), site, site.event_dim, minibatch)
         done[site.name] = held[site.name][0]
 
-    def _put(self, result: dict, key: Any, value: Tensor, site: ReplaySite, event_dim: int, minibatch: Indices) -> None:
-        """Write a minibatch's ``value (S, *minibatch shape)`` into ``result[key] (S, *full shape)``."""
-        if not site.subsampled_plates:
-            result[key] = value
-            return
-        index = [torch.arange(n, device=value.device) for n in value.shape]
-        shape = list(value.shape)
-        for plate in site.subsampled_plates:
-            shape[plate.dim - event_dim] = plate.size
-            index[plate.dim - event_dim] = minibatch[plate.name].to(value.device)
-        if key not in result:
-            result[key] = value.new_zeros(shape)
-        result[key][torch.meshgrid(*index, indexing="ij")] = value
-
-    def _cover(self, generator: torch.Generator | None = None) -> Iterator[Indices]:
-        """Minibatches that cover the subsampling plates, in order, or in an order drawn from ``generator``."""
-        parts: list[list[tuple[str, Tensor]]] = []
-        for name, frame in self._subsampled.items():
-            if not frame.vectorized:
-                continue
-            size, width = int(frame.full_size), int(frame.size)
-            order = torch.arange(size) if generator is None else torch.randperm(size, generator=generator)
-            starts = [min(start, size - width) for start in range(0, size, width)]
-            parts.append([(name, order[start : start + width].to(self.layout.device)) for start in starts])
-        for combination in itertools.product(*parts):
-            yield {**self._fixed_indices, **dict(combination)}
+    # --- checks of the model ------------------------------------------------------------------------
 
     @torch.no_grad()
     def _find_data(self) -> tuple[Tensors, list[str]]:
         """The data at full size. An observed value that moves with the latents is none: ``obs=theta`` adds a term to
         the density, and a likelihood or a prediction of it has no meaning, so such a site is no longer held as one."""
-        found = self._over_minibatches(self._observe, self._latents_at_origin(2), self._loop)
+        found = self._over_minibatches(self._observe, self._latents_at_origin(2), _loop)
         moving = [name for (_, name), value in found.items() if not _same(value[0], value[1])]
         for name in moving:
             del self.sites[name]
@@ -407,155 +328,36 @@ class Replay:
         values = self._latents_at_origin(1)
         found = []
         for generator in (None, torch.Generator().manual_seed(0)):
-            observed = self._over_minibatches(self._observe, values, self._loop, generator)
-            evaluated = self._over_minibatches(self._evaluate_one, values, self._loop, generator)
+            observed = self._over_minibatches(self._observe, values, _loop, generator)
+            evaluated = self._over_minibatches(self._evaluate_one, values, _loop, generator)
             found.append({**observed, **evaluated})
-        plates = " and ".join(f"'{name}'" for name, frame in self._subsampled.items() if frame.vectorized)
+        plates = " and ".join(f"'{name}'" for name in self._cover.vectorized_plates)
         for key in found[0]:
-            if not _close(found[0][key], found[1][key]):
+            if not agree(found[0][key], found[1][key]):
                 self.left_out[key[1]] = (
-                    f"plate {plates} subsamples, and the site does not follow the plate's indices, so its values on "
-                    "the full data are unknown here. Index the data by what the plate yields, or call this with the "
-                    "full data and no subsampling"
+                    f"plate {plates} subsamples, and what it yields does not index these values, so that they are "
+                    "unknown on the full data. Index the data by what the plate yields, or call this with the full "
+                    "data and no subsampling"
                 )
         for name in self.left_out:
             self.sites.pop(name, None)
 
 
-_DRAW = "_pyro_sivism_draw"
+def _vmap(run_one: Callable, batched: Sequence[Tensors], *rest: Any) -> Keyed:
+    with functorch_ready(), functional_sampling():
+        return vmap(lambda *one: run_one(*one, *rest), randomness="different")(*batched)
 
 
-class _Hold(Messenger):
-    """Hold latents at given values and minibatches at given indices, and remember every site."""
-
-    def __init__(self, sites: Mapping[str, ReplaySite], values: Mapping[str, Tensor], minibatch: Indices) -> None:
-        super().__init__()
-        self._sites, self._values, self._minibatch = sites, values, minibatch
-        self.messages: dict[str, dict] = {}
-
-    def _pyro_sample(self, msg: Any) -> None:
-        name = msg["name"]
-        if site_is_subsample(msg):
-            if name in self._minibatch:  # also where the model passed its own ``subsample=``
-                msg["value"] = self._minibatch[name]
-                msg["done"] = True
-        elif not msg["is_observed"] and name in self._values:
-            msg["value"] = self._rows(msg, self._values[name], self._sites[name].event_dim)
-            msg["done"] = True
-        else:
-            self._visit(msg)
-
-    def _visit(self, msg: Any) -> None:
-        """What to do with a sample site that is no held latent."""
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if not site_is_subsample(msg):
-            self.messages[msg["name"]] = msg.copy()
-
-    def _rows(self, msg: Any, value: Tensor, event_dim: int) -> Tensor:
-        """The rows of a full-size value that the minibatch holds."""
-        for frame in msg["cond_indep_stack"]:
-            if frame.vectorized and frame.name in self._minibatch:
-                value = value.index_select(frame.dim - event_dim, self._minibatch[frame.name].to(value.device))
-        return value
-
-    def value(self, name: str, broadcast: bool = True) -> Tensor:
-        """A site's value in this run, in the site's own shape."""
-        if name not in self.messages:
-            raise ModelError(
-                f"site '{name}' was there at set-up but not at other values of the latents; expected the same sites in "
-                "every run. Replace the branch by torch.where or a mixture."
-            )
-        value = torch.as_tensor(self.messages[name]["value"])
-        return value.expand(self._sites[name].minibatch_shape) if broadcast else value
-
-
-class _Draw(_Hold):
-    """Also let go of the observations, and keep what an earlier minibatch has drawn.
-
-    Args:
-        partial: site -> its values so far, at full size.
-        done: site -> where these have been drawn.
-    """
-
-    def __init__(
-        self,
-        sites: Mapping[str, ReplaySite],
-        values: Mapping[str, Tensor],
-        minibatch: Indices,
-        partial: Mapping[str, Tensor],
-        done: Mapping[str, Tensor],
-    ) -> None:
-        super().__init__(sites, values, minibatch)
-        self._partial, self._done = partial, done
-
-    def _visit(self, msg: Any) -> None:
-        name = msg["name"]
-        if msg["is_observed"]:
-            if name not in self._sites or self._sites[name].kind != "observed":
-                return
-            msg["is_observed"] = False
-        elif name not in self._sites:
-            return
-        # An observation may be larger than its distribution, as in sample("y", Normal(mu, 1), obs=y) without a plate.
-        site = self._sites[name]
-        batch_shape = site.minibatch_shape[: len(site.batch_shape)]
-        if msg["fn"].batch_shape != batch_shape:
-            msg["fn"] = msg["fn"].expand(batch_shape)
-        value = msg["fn"](*msg["args"], **msg["kwargs"])
-        if name in self._partial:
-            done, partial = (self._rows(msg, full[name], site.event_dim) for full in (self._done, self._partial))
-            value = torch.where(done, partial, value)
-        msg["value"], msg["done"] = value, True
-
-
-def _replay_site(msg: dict) -> ReplaySite:
-    """A site's shape at full size, and the plates that its dims belong to."""
-    frames = sorted((frame for frame in msg["cond_indep_stack"] if frame.vectorized), key=lambda frame: frame.dim)
-    value, fn, kind = torch.as_tensor(msg["value"]), msg["fn"], site_kind(msg)
-    shape, event_dim = value.shape, fn.event_dim
-    if kind == "deterministic":
-        # Without event_dim, pyro.deterministic takes all of the value for one event; look for the plates in it.
-        candidates = range(event_dim + 1) if event_dim == len(shape) else [event_dim]
-        fits = [e for e in candidates if all(_has_size(shape, f.dim - e, f.size) for f in frames)]
-        event_dim, frames = (fits[0], frames) if fits and frames else (event_dim, [])
-    else:
-        batch_shape = torch.broadcast_shapes(fn.batch_shape, shape[: len(shape) - event_dim])
-        shape = batch_shape + shape[len(shape) - event_dim :]
-    plates = tuple(PlateDim(f.name, f.dim, int(f.full_size or f.size), int(f.size)) for f in frames)
-    full = list(shape)
-    for plate in plates:
-        full[plate.dim - event_dim] = plate.size
-    return ReplaySite(msg["name"], kind, Size(full), event_dim, plates)
-
-
-def _is_masked_out(msg: dict) -> bool:
-    """Whether a latent's own density is masked away, so that drawing from it is not drawing from its prior."""
-    fn, masks = msg["fn"], [msg["mask"]]
-    while hasattr(fn, "base_dist"):
-        masks.append(getattr(fn, "_mask", None))
-        fn = fn.base_dist
-    return any(mask is not None and not bool(torch.as_tensor(mask).any()) for mask in masks)
+def _loop(run_one: Callable, batched: Sequence[Tensors], *rest: Any) -> Keyed:
+    size = len(next(iter(batched[0].values())))
+    runs = [run_one(*({k: v[i] for k, v in part.items()} for part in batched), *rest) for i in range(size)]
+    return {key: torch.stack([run[key] for run in runs]) for key in runs[0]}
 
 
 def _group(found: Keyed, group: str) -> Tensors:
     return {name: value for (other, name), value in found.items() if other == group}
 
 
-def _has_size(shape: Size, dim: int, size: int) -> bool:
-    return len(shape) >= -dim and shape[dim] == size
-
-
 def _same(a: Tensor, b: Tensor) -> bool:
+    """Equal to the bit; NaN equals NaN."""
     return bool(((a == b) | ((a != a) & (b != b))).all())
-
-
-def _close(got: Tensor, want: Tensor) -> bool:
-    """Equal up to the rounding of sums taken in another order; NaN equals NaN."""
-    if got.shape != want.shape or got.dtype != want.dtype:
-        return False
-    if not want.is_floating_point():
-        return bool((got == want).all())
-    tolerance = 50 * torch.finfo(want.dtype).eps ** 0.75
-    scale = want[want.isfinite()].abs().max().item() if want.isfinite().any() else 0.0
-    return torch.allclose(got, want, rtol=tolerance, atol=tolerance * (1.0 + scale), equal_nan=True)

@@ -98,7 +98,7 @@ def branch_that_draws():
 
 @pytest.mark.parametrize(
     ("start", "message"),
-    [(1.0, "'b' was drawn at set-up but not at other values.*torch.where"), (-1.0, "drew latent site 'b'")],
+    [(1.0, "'b' was there at set-up but not at other values.*torch.where"), (-1.0, "drew latent site 'b'")],
 )
 @pytest.mark.parametrize("distance", [0.0, 5.0], ids=["seen at set-up", "seen later"])
 def test_a_set_of_latents_that_depends_on_a_latent_is_refused(start, message, distance):

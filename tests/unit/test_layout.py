@@ -11,7 +11,8 @@ from pyro.distributions import constraints
 
 from pyro_sivism.bijections import bijection, same_support
 from pyro_sivism.errors import LayoutChangedError
-from pyro_sivism.layout import LatentLayout, PlateDim
+from pyro_sivism.layout import LatentLayout
+from pyro_sivism.sites import PlateDim
 
 pytestmark = pytest.mark.usefixtures("float64")
 
