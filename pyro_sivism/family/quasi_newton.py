@@ -1,10 +1,12 @@
 """Quasi-Newton paths uphill from several starts at once.
 
-BFGS keeps an estimate H of the inverse of ``-hessian log p``; a path is a sequence of points, scores and H.
-All starts step together, so that one batched evaluation of the target serves them all. The line search
-brackets a point of sufficient increase and flattened slope (the weak Wolfe conditions) by doubling and
-bisection: doubling finds optima thousands of units away, bisection backs out of non-finite regions.
-Nocedal and Wright, "Numerical optimization", 2006, chapters 3 and 6.
+A path is a sequence of points, scores and estimates H of the inverse of ``-hessian log p``. All starts step
+together, so that one batched evaluation of the target serves them all. The line search brackets a point of
+sufficient increase and flattened slope (the weak Wolfe conditions) by doubling and bisection: doubling finds
+optima far away, bisection backs out of non-finite regions. Where the increase drowns in the rounding of the log
+density, as near the optimum of a long sum in float32, the slopes alone decide, as in the approximate Wolfe
+conditions of Hager and Zhang (SIAM J. Optim. 16, 2005). Nocedal and Wright, "Numerical optimization", 2006,
+chapters 3 and 6.
 """
 
 from __future__ import annotations
@@ -16,28 +18,36 @@ import torch
 from torch import Tensor
 
 from pyro_sivism.family.affine import AffineMap
+from pyro_sivism.family.inverse_hessians import DenseInverse, InverseHessian, LimitedInverse
 
-__all__ = ["QuasiNewtonPaths", "quasi_newton_paths"]
+__all__ = ["Evaluate", "QuasiNewtonPaths", "quasi_newton_paths"]
 
 Evaluate = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+FLOAT64_NOISE = 1e-14
+_SUFFICIENT = 1e-4
+_FLAT = 0.9
+_MAX_STALLS = 4
 
 
 @dataclass(frozen=True)
 class QuasiNewtonPaths:
-    """S paths of at most T steps: points, scores and inverse Hessians, with the length of each path.
+    """S paths of at most T points, the start included, and what is needed to follow H along each.
 
-    ``inverse_hessians`` are (T, S, D, D), or (T, S, D) if diagonal.
+    Attributes:
+        points, scores: (T, S, D).
+        log_densities: (T, S).
+        curved: (T - 1, S), whether the curvature along a step was positive, so that H was updated by it.
+        lengths: points of each path, (S,).
+        start: H at the starts.
     """
 
     points: Tensor
     scores: Tensor
     log_densities: Tensor
-    inverse_hessians: Tensor
+    curved: Tensor
     lengths: Tensor
-
-    @property
-    def is_diagonal(self) -> bool:
-        return self.inverse_hessians.dim() == 3
+    start: InverseHessian
 
     @property
     def ends(self) -> Tensor:
@@ -48,89 +58,131 @@ class QuasiNewtonPaths:
     def end_log_densities(self) -> Tensor:
         return self._at_end(self.log_densities)
 
+    @property
+    def end_scores(self) -> Tensor:
+        return self._at_end(self.scores)
+
     def _at_end(self, values: Tensor) -> Tensor:
         return values[self.lengths - 1, torch.arange(values.shape[1], device=values.device)]
 
+    def inverse_hessians(self, path: int) -> Iterator[InverseHessian]:
+        """H at each point of a path, made anew from its steps: keeping all of them would cost T D^2."""
+        h = self.start.select(path)
+        yield h
+        for step in range(int(self.lengths[path]) - 1):
+            moved, bent = self._step(path, step)
+            h = h.update(moved, bent, self.curved[step, path : path + 1])
+            yield h
+
+    def _step(self, path: int, step: int) -> tuple[Tensor, Tensor]:
+        one = slice(path, path + 1)
+        moved = self.points[step + 1, one] - self.points[step, one]
+        return moved, self.scores[step, one] - self.scores[step + 1, one]
+
     def gaussians(self, per_path: int) -> Iterator[AffineMap]:
-        """For each path, Gaussians ``N(x + H score, H)`` at up to ``per_path`` points, batched in one map."""
+        """Gaussians ``N(x + H score, H)`` at up to ``per_path`` points of each path, its end among them."""
         for path, length in enumerate(self.lengths.tolist()):
-            index = torch.linspace(0, length - 1, min(per_path, length)).round().long()
-            x, score, inverse_hessian = (
-                values[index, path] for values in (self.points, self.scores, self.inverse_hessians)
-            )
-            if self.is_diagonal:
-                yield AffineMap(x + inverse_hessian * score, inverse_hessian.sqrt())
-                continue
-            scale_tril, info = torch.linalg.cholesky_ex(inverse_hessian)
-            loc = x + (inverse_hessian @ score[..., None])[..., 0]
-            ok = (info == 0) & loc.isfinite().all(-1)
-            if ok.any():
-                yield AffineMap(loc[ok], scale_tril[ok])
+            chosen = set(torch.linspace(length - 1, 0, min(per_path, length)).round().long().tolist())
+            for step, h in enumerate(self.inverse_hessians(path)):
+                if step in chosen:
+                    gaussian = h.gaussian(self.points[step, path], self.scores[step, path])
+                    if gaussian is not None:
+                        yield gaussian
 
 
 def quasi_newton_paths(
-    evaluate: Evaluate, starts: Tensor, max_steps: int, *, diagonal: bool = False, tolerance: float = 1e-6
+    evaluate: Evaluate,
+    starts: Tensor,
+    max_steps: int,
+    *,
+    start_inverse: InverseHessian | None = None,
+    memory: int | None = None,
+    tolerance: float = 1e-8,
+    noise: float = FLOAT64_NOISE,
 ) -> QuasiNewtonPaths:
-    """BFGS paths uphill from ``starts (S, D)``, which must be finite.
+    """Paths uphill from ``starts (S, D)``, which must be finite.
 
     Args:
         evaluate: points (B, D) -> log densities (B,) and scores (B, D), NaN where undefined.
-        max_steps: at most so many steps a path; a path ends earlier when its log density stops rising.
-        diagonal: keep a diagonal H, for large D.
-        tolerance: a path ends when a step raises the log density by less than this.
+        max_steps: at most so many steps a path.
+        start_inverse: H at the starts; by default a multiple of the identity that moves each start by one unit.
+        memory: keep H as a diagonal and so many pairs, for large D; BFGS with a dense H if None.
+        tolerance: a path ends where ``score' H score``, twice the gain a Newton step expects, is less than this,
+            or where several steps in a row neither gained anything nor halved it.
+        noise: the relative rounding error of log densities and scores.
     """
     num_paths, dim = starts.shape
     x = starts.clone()
     log_density, score = evaluate(x)
-    # The first step moves each path by about one unit; its outcome then sets the scale of H.
-    h = (1.0 / score.norm(dim=-1).clamp(min=1e-12))[:, None].expand(num_paths, dim).clone()
-    h = h if diagonal else torch.diag_embed(h)
+    if start_inverse is None:
+        scale = 1.0 / score.norm(dim=-1).clamp(min=1e-12)
+        start_inverse = DenseInverse.start(scale, dim) if memory is None else LimitedInverse.start(scale, dim, memory)
+    h = start_inverse
     active = torch.ones(num_paths, dtype=torch.bool, device=x.device)
     lengths = torch.ones(num_paths, dtype=torch.long, device=x.device)
-    history: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    first = active.clone()
+    num_stalls, least_slope = torch.zeros_like(lengths), torch.full_like(log_density, torch.inf)
+    history, curved_history = [(x, score, log_density)], []
     for step in range(max_steps):
-        direction = _apply(h, score)
+        direction = h.apply(score)
         slope = (direction * score).sum(-1)
-        new_x, new_log_density, new_score, ok = _line_search(evaluate, x, direction, log_density, slope, active)
-        moved, bent = new_x - x, score - new_score
-        curved = ok & ((moved * bent).sum(-1) > 1e-12 * moved.norm(dim=-1) * bent.norm(dim=-1))
-        h = _update(h, moved, bent, curved, first & curved)
-        first &= ~curved
-        rose = new_log_density - log_density
-        x, log_density, score = new_x, new_log_density, new_score
-        history.append((x, score, log_density, h))
-        lengths = torch.where(ok, step + 1, lengths)
-        active &= ok & (rose > tolerance)
+        active &= slope > tolerance
         if not active.any():
             break
-    points, scores, log_densities, hs = (torch.stack(values) for values in zip(*history))
-    return QuasiNewtonPaths(points, scores, log_densities, hs, lengths)
+        new_x, new_log_density, new_score, ok = _line_search(
+            evaluate, x, direction, log_density, score, slope, active, noise
+        )
+        moved, bent = new_x - x, score - new_score
+        rounding = noise * (moved * score).abs().sum(-1)
+        curved = ok & ((moved * bent).sum(-1) > rounding)
+        h = h.update(moved, bent, curved)
+        stalled = new_log_density - log_density <= torch.clamp(noise * log_density.abs(), min=1e-6)
+        stalled &= slope > 0.5 * least_slope
+        least_slope = torch.minimum(least_slope, slope)
+        num_stalls = torch.where(stalled, num_stalls + 1, 0)
+        x, log_density, score = new_x, new_log_density, new_score
+        history.append((x, score, log_density))
+        curved_history.append(curved)
+        lengths = torch.where(ok, step + 2, lengths)
+        active &= ok & (num_stalls < _MAX_STALLS)
+    points, scores, log_densities = (torch.stack(values) for values in zip(*history))
+    curved = torch.stack(curved_history) if curved_history else active.new_zeros(0, num_paths)
+    return QuasiNewtonPaths(points, scores, log_densities, curved, lengths, start_inverse)
 
 
 def _line_search(
-    evaluate: Evaluate, x: Tensor, direction: Tensor, f0: Tensor, slope0: Tensor, active: Tensor, max_tries: int = 30
+    evaluate: Evaluate,
+    x: Tensor,
+    direction: Tensor,
+    f0: Tensor,
+    score0: Tensor,
+    slope0: Tensor,
+    active: Tensor,
+    noise: float,
+    max_tries: int = 60,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A step along each ``direction`` that meets the weak Wolfe conditions, by doubling and bisection.
+    """A step along each ``direction`` that meets the (approximate) weak Wolfe conditions, by doubling and bisection.
 
     Returns the new points, log densities and scores, and which paths found any increase. Paths that are not
     ``active``, or found none, stay where they are.
     """
-    best_x, best_f, best_score = x.clone(), f0.clone(), torch.zeros_like(x)
+    best_x, best_f, best_score = x.clone(), f0.clone(), score0.clone()
     low = torch.zeros_like(f0)
     high = torch.full_like(f0, torch.inf)
     length = torch.ones_like(f0)
     searching = active.clone()
     found = torch.zeros_like(active)
+    rounding = noise * f0.abs()
     for _ in range(max_tries):
         index = searching.nonzero()[:, 0]
         trial = x[index] + length[index, None] * direction[index]
         f, score = evaluate(trial)
         slope = (score * direction[index]).sum(-1)
-        rises = f >= f0[index] + 1e-4 * length[index] * slope0[index]  # False where f is NaN
-        flat = slope <= 0.9 * slope0[index]
+        # Each is False where f is NaN.
+        rises = f >= f0[index] + _SUFFICIENT * length[index] * slope0[index]
+        rises |= (f >= f0[index] - rounding[index]) & (slope >= -(1.0 - 2.0 * _SUFFICIENT) * slope0[index])
+        flat = slope <= _FLAT * slope0[index]
 
-        better = rises & (f >= best_f[index])
+        better = rises & ((f >= best_f[index] - rounding[index]) | flat)
         chosen = index[better]
         best_x[chosen], best_f[chosen], best_score[chosen] = trial[better], f[better], score[better]
         found[chosen] = True
@@ -139,38 +191,12 @@ def _line_search(
         low[index] = torch.where(rises & ~flat, length[index], low[index])
         searching[index[rises & flat]] = False
         length[index] = torch.where(high[index].isinf(), 2.0 * length[index], 0.5 * (low[index] + high[index]))
+        searching &= _bracket_holds(x, direction, low, high)
         if not searching.any():
             break
-    if not found.all():
-        _, score = evaluate(best_x[~found])
-        best_score[~found] = score
     return best_x, best_f, best_score, found
 
 
-def _apply(h: Tensor, vector: Tensor) -> Tensor:
-    return h * vector if h.dim() == 2 else (h @ vector[..., None])[..., 0]
-
-
-def _update(h: Tensor, moved: Tensor, bent: Tensor, curved: Tensor, first: Tensor) -> Tensor:
-    """The BFGS update of the inverse Hessian where the curvature along the step was positive.
-
-    On a path's first step H is reset to ``(s'y / y'y) I``, so that its scale is the target's.
-    """
-    s, y = moved, bent
-    sy = (s * y).sum(-1).where(curved, 1.0)
-    yy = (y * y).sum(-1).where(curved, 1.0)
-    if h.dim() == 2:
-        h = torch.where(first[:, None], (sy / yy)[:, None].expand_as(h), h)
-        # The diagonal of the dense update (Gilbert and Lemarechal 1989), kept positive by construction.
-        inverse = 1.0 / h
-        yhy, shs = (h * y * y).sum(-1, keepdim=True), (inverse * s * s).sum(-1, keepdim=True)
-        ratio = yhy / sy[:, None]
-        inverse = ratio * inverse + y * y / sy[:, None] - ratio * (inverse * s).square() / shs.clamp(min=1e-300)
-        updated = 1.0 / inverse.clamp(min=1e-12)
-        return torch.where(curved[:, None] & updated.isfinite(), updated, h)
-    identity = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
-    h = torch.where(first[:, None, None], (sy / yy)[:, None, None] * identity, h)
-    rho = (1.0 / sy)[:, None, None]
-    projector = identity - rho * s[:, :, None] * y[:, None, :]
-    updated = projector @ h @ projector.mT + rho * s[:, :, None] * s[:, None, :]
-    return torch.where(curved[:, None, None], 0.5 * (updated + updated.mT), h)
+def _bracket_holds(x: Tensor, direction: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Whether the bracket still holds points that differ in floating point."""
+    return ((high - low)[:, None] * direction.abs() > 1e-16 * x.abs()).any(-1)

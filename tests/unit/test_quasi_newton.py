@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pyro_sivism.family.inverse_hessians import DenseInverse
 from pyro_sivism.family.quasi_newton import quasi_newton_paths
 from tests.statistical.oracle import GaussianTarget, random_covariance
 
@@ -50,25 +51,48 @@ def test_inverse_hessian_of_a_quadratic(dim):
     paths = quasi_newton_paths(p.log_density_and_score, starts(4, dim), max_steps=200)
     root = torch.linalg.inv(torch.linalg.cholesky(p.covariance))
     for path, length in enumerate(paths.lengths.tolist()):
-        h = paths.inverse_hessians[length - 1, path]
-        eigenvalues = torch.linalg.eigvalsh(root @ h @ root.T)
+        inverse = list(paths.inverse_hessians(path))
+        assert len(inverse) == length
+        eigenvalues = torch.linalg.eigvalsh(root @ inverse[-1].h[0] @ root.T)
         assert eigenvalues.min() > 0.05
         assert eigenvalues.max() < 1.5
-        for step in range(1, length - 1):
+        for step in range(1, length):
             moved = paths.points[step, path] - paths.points[step - 1, path]
             bent = paths.scores[step - 1, path] - paths.scores[step, path]
-            torch.testing.assert_close(paths.inverse_hessians[step, path] @ bent, moved, rtol=1e-8, atol=1e-10)
+            torch.testing.assert_close(inverse[step].apply(bent[None])[0], moved, rtol=1e-6, atol=1e-9)
     assert (paths.ends - p.loc).abs().max() < 5e-3
 
 
-@pytest.mark.parametrize("diagonal", [False, True])
-def test_inverse_hessians_stay_positive(diagonal):
-    paths = quasi_newton_paths(rosenbrock, starts(4, 3), max_steps=100, diagonal=diagonal)
-    assert paths.is_diagonal is diagonal
-    h = paths.inverse_hessians
-    assert h.shape == (len(paths.points), 4, 3) if diagonal else (len(paths.points), 4, 3, 3)
-    smallest = h if diagonal else torch.linalg.eigvalsh(h)
-    assert (smallest > 0).all()
+def test_limited_inverse_with_all_pairs_is_bfgs_of_its_diagonal():
+    """Two-loop recursion against the recursion on matrices, on a quadratic, from the diagonal it ends with."""
+    p = GaussianTarget(torch.randn(6), random_covariance(6))
+    paths = quasi_newton_paths(p.log_density_and_score, starts(2, 6), max_steps=8, memory=50)
+    *_, limited = paths.inverse_hessians(0)
+    dense = DenseInverse.measured(torch.diag_embed(limited.diagonal))
+    for moved, bent, rho in limited.pairs:
+        dense = dense.update(moved, bent, rho > 0)
+    vector = torch.randn(1, 6)
+    torch.testing.assert_close(limited.apply(vector), dense.apply(vector), rtol=1e-9, atol=1e-9)
+    x, score = torch.randn(6), torch.randn(6)
+    low_rank, full = limited.gaussian(x, score), dense.gaussian(x, score)
+    torch.testing.assert_close(low_rank.loc, full.loc)
+    torch.testing.assert_close(low_rank.covariance, full.covariance, rtol=1e-8, atol=1e-9)
+
+
+def test_limited_inverse_forgets_all_but_the_last_pairs():
+    paths = quasi_newton_paths(rosenbrock, starts(2, 3), max_steps=30, memory=4)
+    assert [len(h.pairs) for h in paths.inverse_hessians(0)][:8] == [0, 1, 2, 3, 4, 4, 4, 4]
+    assert (paths.log_densities[paths.lengths.min() - 1] > paths.log_densities[0]).all()
+
+
+@pytest.mark.parametrize("memory", [None, 5])
+def test_inverse_hessians_stay_positive(memory):
+    paths = quasi_newton_paths(rosenbrock, starts(4, 3), max_steps=100, memory=memory)
+    basis = torch.eye(3)[:, None]
+    for path in range(4):
+        for h in paths.inverse_hessians(path):
+            matrix = torch.cat([h.apply(vector) for vector in basis])
+            assert torch.linalg.eigvalsh(0.5 * (matrix + matrix.T)).min() > 0
 
 
 def test_finds_an_optimum_ten_thousand_sds_away():
@@ -98,15 +122,27 @@ def test_path_ends_where_nothing_rises():
     assert torch.equal(paths.ends, x)
 
 
-@pytest.mark.parametrize("diagonal", [False, True])
-def test_gaussians_of_a_path_are_newton_steps(diagonal):
+@pytest.mark.parametrize("memory", [None, 5])
+def test_gaussians_of_a_path_are_newton_steps(memory):
     p = GaussianTarget(torch.randn(3), random_covariance(3))
-    paths = quasi_newton_paths(p.log_density_and_score, starts(2, 3), max_steps=100, diagonal=diagonal)
-    for path, gaussians in enumerate(paths.gaussians(per_path=4)):
-        assert 1 <= len(gaussians.loc) <= 4
-        end = int(paths.lengths[path]) - 1  # the last candidate is always the end of the path
-        h, score = paths.inverse_hessians[end, path], paths.scores[end, path]
-        step = h * score if diagonal else h @ score
-        torch.testing.assert_close(gaussians.loc[-1], paths.points[end, path] + step)
-        scale = gaussians.scale_tril[-1]
-        torch.testing.assert_close(scale.square() if diagonal else scale @ scale.T, h)
+    paths = quasi_newton_paths(p.log_density_and_score, starts(1, 3), max_steps=100, memory=memory)
+    gaussians = list(paths.gaussians(per_path=4))
+    assert 1 <= len(gaussians) <= 4
+    end = int(paths.lengths[0]) - 1  # the last candidate is always the end of the path
+    *_, h = paths.inverse_hessians(0)
+    matrix = torch.cat([h.apply(vector[None]) for vector in torch.eye(3)])
+    torch.testing.assert_close(gaussians[-1].loc, paths.points[end, 0] + matrix @ paths.scores[end, 0])
+    torch.testing.assert_close(gaussians[-1].covariance, matrix)
+
+
+def test_path_goes_on_where_the_log_density_is_all_rounding():
+    """Of a log density near -1e8, float32 keeps steps of 8 nats: only the slopes tell the way to the optimum."""
+    p = GaussianTarget(torch.full((3,), 5.0), random_covariance(3))
+
+    def evaluate(x: Tensor) -> tuple[Tensor, Tensor]:
+        log_density, score = p.log_density_and_score(x)
+        return (log_density - 1e8).float().double(), score
+
+    x = p.loc + 0.5 * torch.randn(4, 3)
+    paths = quasi_newton_paths(evaluate, x, max_steps=100, noise=8 * torch.finfo(torch.float32).eps)
+    assert (paths.ends - p.loc).abs().max() < 0.05
