@@ -5,6 +5,8 @@ sivism.run(None, data)
 idata = sivism.to_inference_data(data)
 """
 
+from pyro_sivism.checkpoint import Checkpoint
+from pyro_sivism.distributed import Ranks
 from pyro_sivism.errors import SivismError, SivismWarning
 from pyro_sivism.family import BatchAndMatch, DiagonalNormal, FixedGaussian, LowRankNormal, ScoreNetwork
 from pyro_sivism.guide import SemiImplicitGuide
@@ -18,6 +20,7 @@ from pyro_sivism.version import __version__
 __all__ = [
     "SIVISM",
     "BatchAndMatch",
+    "Checkpoint",
     "DiagonalNormal",
     "FisherDivergence",
     "FitResult",
@@ -26,6 +29,7 @@ __all__ = [
     "LowRankNormal",
     "Objective",
     "PathGradientKL",
+    "Ranks",
     "ScoreNetwork",
     "SemiImplicitGuide",
     "SivismError",

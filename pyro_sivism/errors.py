@@ -48,6 +48,10 @@ class ArgumentError(SivismError, ValueError):
     """An argument of the wrong kind, size or range."""
 
 
+class DistributedError(SivismError, RuntimeError):
+    """Another process of a fit on many is gone or silent, so that the fit cannot go on."""
+
+
 class SivismWarning(UserWarning):
     """Base class of every warning this package gives."""
 

@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 from tqdm.auto import tqdm
 
-from pyro_sivism.errors import ArgumentError, FitWarning, NotSetUpError, TargetPathWarning
+from pyro_sivism.checkpoint import write_atomically
+from pyro_sivism.distributed import Ranks
+from pyro_sivism.errors import ArgumentError, DistributedError, FitWarning, NotSetUpError, TargetPathWarning
 from pyro_sivism.family import BatchAndMatch, GaussianFit, Preconditioner, WhitenedTarget
 from pyro_sivism.guide import SemiImplicitGuide
 from pyro_sivism.inference_data import to_inference_data
@@ -35,6 +37,7 @@ from pyro_sivism.warn import warn
 __all__ = ["SIVISM"]
 
 Callback = Callable[["SIVISM", StepInfo], "bool | None"]
+T = TypeVar("T")
 
 _CONVERSION_KEYWORDS = frozenset(inspect.signature(to_inference_data).parameters)
 _NUM_STARTS = 4
@@ -71,6 +74,8 @@ class SIVISM:
         num_particles: draws per batch, B.
         preconditioner: fits the Gaussian that q starts from; :class:`BatchAndMatch` if None.
         critic_steps: critic updates per guide update.
+        ranks: the processes that share the fit, see :mod:`pyro_sivism.distributed`; those that ``torchrun`` started or
+            ``torch.distributed`` knows if None.
 
     Raises:
         OptimizerError: ``optim`` or ``critic_optim`` is of a kind that cannot be driven.
@@ -102,6 +107,7 @@ class SIVISM:
         num_particles: int | None = None,
         preconditioner: Preconditioner | None = None,
         critic_steps: int | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         if not callable(model):
             raise ArgumentError(f"model is a {type(model).__name__}; expected a callable with Pyro primitives")
@@ -126,6 +132,7 @@ class SIVISM:
         self.loss = PathGradientKL() if loss is None else copy.copy(loss)  # another fit may share the object
         self.preconditioner = BatchAndMatch() if preconditioner is None else preconditioner
         self._critic, self._num_particles, self._critic_steps = critic, num_particles, critic_steps
+        self._ranks, self._last_save = ranks, ""
         self._training: Training | None = None
         self._target: Target | None = None
         self._signature: tuple | None = None
@@ -143,6 +150,13 @@ class SIVISM:
                 "this SIVISM has seen no arguments of the model yet. Call sivism.setup(*args, **kwargs), step or run."
             )
         return self._target
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that share the fit."""
+        if self._ranks is None:
+            self._ranks = Ranks.find()
+        return self._ranks
 
     @property
     def critic(self) -> nn.Module:
@@ -175,6 +189,22 @@ class SIVISM:
         if self._training is not None and self._target is not None and signature == self._signature:
             self._target.rebind(args, kwargs)
             return self._training
+        training = self._training
+        if training is None:
+            with self.ranks.same_random_numbers():
+                self._point_target(args, kwargs)
+                training = self._make_training()
+            modules = (self.guide, training.family, training.critic)
+            self.ranks.broadcast_(tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
+            self.ranks.broadcast_(self.target.params().values())
+        else:
+            self._point_target(args, kwargs)
+        self._connect(training)
+        self._training, self._signature = training, signature
+        return training
+
+    def _point_target(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """Make the target of these arguments and, at first, the guide's family and its Gaussian."""
         started = time.perf_counter()
         trace = self.guide.trace_model(*args, **kwargs)
         if self.guide.is_fitted:
@@ -185,7 +215,7 @@ class SIVISM:
             self._target = Target(self.model, self.guide.layout, trace, args, kwargs)
         else:
             self._target.bind(trace, args, kwargs)
-        if self._target.path.name == "loop":
+        if self._target.path.name == "loop" and self.ranks.is_first:
             warn(
                 "the model's score is computed one particle at a time, which is slow: "
                 f"{self._target.path.reason}. Draws are right all the same.",
@@ -194,10 +224,6 @@ class SIVISM:
         self._seconds.setdefault("setup", time.perf_counter() - started)
         if not self.guide.is_fitted:
             self._fit_gaussian(self.guide.layout.init_from_trace(trace))
-        training = self._make_training() if self._training is None else self._training
-        self._connect(training)
-        self._training, self._signature = training, signature
-        return training
 
     def _recipe(self, dim: int) -> Recipe:
         recipe = self.loss.adapt_recipe(Recipe.for_dim(dim))
@@ -243,6 +269,7 @@ class SIVISM:
             optim=self.optim,
             critic_optim=self.critic_optim,
             name=self.guide._pyro_name,
+            ranks=self.ranks,
         )
 
     def _connect(self, training: Training) -> None:
@@ -257,7 +284,7 @@ class SIVISM:
             training.load_state_dict(saved["training"])
             self._saved = None
         started = time.perf_counter()
-        training.warm_up()
+        self._together(training.warm_up)
         self._seconds.setdefault("critic_warmup", time.perf_counter() - started)
 
     def _require_training(self) -> Training:
@@ -279,12 +306,24 @@ class SIVISM:
         Raises:
             LayoutChangedError: the arguments changed the shape of a latent site.
             NonFiniteError: every particle's score, or a gradient, is not finite.
+            DistributedError: another process that shares the fit is gone.
         """
         return self._step(self._bind(args, kwargs)).loss
 
     def _step(self, training: Training) -> StepInfo:
         self.target.resample_minibatch()  # one minibatch for the critic and the guide alike
-        return training.step()
+        return self._together(training.step)
+
+    def _together(self, work: Callable[..., T], *args: Any) -> T:
+        """Do this rank's part of what the ranks do in step; say where to go on from if another one fails."""
+        try:
+            return work(*args)
+        except DistributedError as error:
+            saved = f"The last checkpoint is {self._last_save!r}." if self._last_save else "There is no checkpoint."
+            raise DistributedError(f"{error} {saved}") from error.__cause__
+        except BaseException as error:
+            self.ranks.abandon(error)
+            raise
 
     def run(
         self,
@@ -300,8 +339,12 @@ class SIVISM:
             num_steps: if None 1,000 for D <= 32 and 3,000 beyond.
             progress_bar: show the loss and steps per second.
             callbacks: each called as ``callback(sivism, info)`` after each step; a true result ends the run.
+                :class:`Checkpoint` is one.
 
-        Ctrl-C ends the run and keeps the fit.
+        Ctrl-C ends the run and keeps the fit; where processes share the fit, it is raised.
+
+        Raises:
+            As :meth:`setup` and :meth:`step`.
         """
         if num_steps is not None and not (_is_integer(num_steps) and num_steps >= 0):
             raise ArgumentError(
@@ -314,15 +357,17 @@ class SIVISM:
         history: list[StepInfo] = []
         interrupted, started = False, time.perf_counter()
         try:
-            with tqdm(total=num_steps, disable=not progress_bar, desc="SIVISM") as bar:
+            with tqdm(total=num_steps, disable=not (progress_bar and self.ranks.is_first), desc="SIVISM") as bar:
                 while len(history) < num_steps and not interrupted:
                     history.append(self._step(training))
                     bar.update()
                     if len(history) % 20 == 0:
                         bar.set_postfix_str(f"loss {history[-1].loss:.3g}", refresh=False)
                     asked_to_stop = [callback(self, history[-1]) for callback in callbacks]
-                    interrupted = any(asked_to_stop)
+                    interrupted = self._together(self.ranks.any, any(asked_to_stop))
         except KeyboardInterrupt:
+            if self.ranks.size > 1:  # the others cannot know after which step
+                raise
             interrupted = True
         finally:
             training.plan(None)
@@ -342,7 +387,7 @@ class SIVISM:
 
     def _report_quality(self, training: Training, history: list[StepInfo]) -> None:
         """Say so where the run ended far from the target, or with the model's parameters still on their way."""
-        if len(history) < _MIN_STEPS_TO_JUDGE:
+        if len(history) < _MIN_STEPS_TO_JUDGE or not self.ranks.is_first:
             return
         last = [info.loss for info in history[-_MIN_STEPS_TO_JUDGE:]]
         if not self.target.is_subsampled:
@@ -414,11 +459,18 @@ class SIVISM:
     # --- saving -------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the fit to a file: the guide, the critic, the optimizers' states and the model's parameters."""
+        """Write the fit to a file: the guide, the critic, the optimizers' states and the model's parameters.
+
+        A file that is there is replaced at once when the new one is complete. Of processes that share the fit, rank 0
+        writes, whoever calls.
+        """
         if self._saved is not None:  # loaded, and not gone on with
-            torch.save(self._saved, path)
+            write_atomically(self._saved, path)
             return
         training = self._require_training()
+        self._last_save = os.fspath(path)
+        if not self.ranks.is_first:
+            return
         state = {
             "guide": self.guide,
             "family": training.family,
@@ -427,7 +479,7 @@ class SIVISM:
             "model_params": {name: p.detach().clone() for name, p in self.target.params().items()},
             "seconds": self._seconds,
         }
-        torch.save(state, path)
+        write_atomically(state, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: Callable, **kwargs: Any) -> SIVISM:

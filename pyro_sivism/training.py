@@ -6,6 +6,8 @@ One step is
 2. once: draw from q with gradients, ask the objective for the guide's loss, and move the family down it;
 3. average the family's weights into those that are reported;
 4. if the model has learnable parameters, move them up E_q[log p] (variational EM).
+
+Where several processes share the fit, each draws its share of the particles, and gradients and reports are pooled.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_sivism.distributed import Ranks
 from pyro_sivism.errors import ModelError, NonFiniteWarning
 from pyro_sivism.family import SemiImplicit, TargetDensity
 from pyro_sivism.objectives import GuideLoss, Objective
@@ -41,6 +44,7 @@ class Training:
         recipe: the settings.
         optim, critic_optim: the user's optimizers, or None for ours.
         name: prefix of the parameters' names, which per-parameter optimizer arguments see.
+        ranks: the processes that share the fit.
     """
 
     def __init__(
@@ -54,9 +58,11 @@ class Training:
         optim: OptimizerLike | None,
         critic_optim: OptimizerLike | None,
         name: str,
+        ranks: Ranks,
     ) -> None:
         self.family, self.averaged, self.critic = family, averaged, critic
         self.objective, self.recipe = objective, recipe
+        self.ranks, self._num_particles = ranks, ranks.share(recipe.num_particles)
         self.num_steps = 0
         self.is_warm = False
         self._optim = optim
@@ -117,17 +123,21 @@ class Training:
         for _ in range(self.recipe.critic_steps):
             critic_loss = self._critic_step(lr_factor)
 
-        sample = self.family.rsample(self.recipe.num_particles)
+        sample = self.family.rsample(self._num_particles)
         losses = self.objective.guide_loss(sample, self.num_steps)
+        weight = self._num_particles - losses.num_nonfinite  # before the backward pass counts its own
         params = list(self._guide_stepper.params.values())
-        gradients = torch.autograd.grad(losses.loss, params, allow_unused=True)
+        own_gradients = torch.autograd.grad(losses.loss, params, allow_unused=True)
+        *gradients, divergence, num_nonfinite = self.ranks.pool(
+            [*own_gradients, losses.fisher_divergence, losses.num_nonfinite], weight
+        )
         self._guide_stepper.step(clip_gradients(gradients, self.recipe.clip_norm, "guide"), lr_factor)
         self._average_weights()
         if self._model_stepper is not None:
             self._model_step(self._model_stepper, sample.x.detach(), lr_factor)
 
         self.num_steps += 1
-        info = StepInfo(self.num_steps, losses.fisher_divergence.item(), critic_loss.item(), int(losses.num_nonfinite))
+        info = StepInfo(self.num_steps, divergence.item(), critic_loss.item(), int(num_nonfinite))
         self._report_nonfinite(info)
         return info
 
@@ -140,17 +150,17 @@ class Training:
 
     def _critic_step(self, lr_factor: float) -> Tensor:
         with torch.no_grad():
-            sample = self.family.rsample(self.recipe.num_particles)
+            sample = self.family.rsample(self._num_particles)
             update_moments = getattr(self.critic, "update_moments", None)
             if update_moments is not None:
-                update_moments(sample.x)
+                update_moments(self.ranks.gather(sample.x, self.recipe.num_particles))
         loss = self.objective.critic_loss(sample, self.num_steps)
         params = list(self._critic_stepper.params.values())
-        if not params:  # a critic in closed form
-            return loss.detach()
-        gradients = torch.autograd.grad(loss, params, allow_unused=True)
-        self._critic_stepper.step(clip_gradients(gradients, self.recipe.clip_norm, "critic"), lr_factor)
-        return loss.detach()
+        own_gradients = torch.autograd.grad(loss, params, allow_unused=True) if params else ()
+        *gradients, loss = self.ranks.pool([*own_gradients, loss.detach()], self._num_particles)
+        if params:  # there are none in a critic in closed form
+            self._critic_stepper.step(clip_gradients(gradients, self.recipe.clip_norm, "critic"), lr_factor)
+        return loss
 
     def _model_step(self, stepper: Stepper, x: Tensor, lr_factor: float) -> None:
         """The M step of variational EM: move the model's parameters up ``E_q[log p]`` at the guide's own draws."""
@@ -167,6 +177,7 @@ class Training:
                 f"the log density no longer depends on the model's parameters {list(stepper.params)}, which it did at "
                 "set-up. If the param store was cleared, make a new SIVISM."
             )
+        gradients = self.ranks.pool(gradients, finite.sum())
         for name, gradient in zip(stepper.params, gradients):
             if gradient is not None:
                 mean, size = self._model_drift.get(name, (torch.zeros_like(gradient), torch.zeros_like(gradient)))
@@ -196,7 +207,7 @@ class Training:
         return ramp * (low + (1.0 - low) * 0.5 * (1.0 + math.cos(math.pi * progress)))
 
     def _report_nonfinite(self, info: StepInfo) -> None:
-        if info.num_nonfinite and not self._warned_nonfinite:
+        if info.num_nonfinite and not self._warned_nonfinite and self.ranks.is_first:
             self._warned_nonfinite = True
             warn(
                 f"step {info.step}: the target's score, or a derivative of it that the objective needs, was not finite "
