@@ -5,27 +5,24 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any, ClassVar
+from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.distributions import TorchDistribution, constraints
+from pyro.distributions import TorchDistribution
 from pyro.infer.autoguide import AutoContinuous
-from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
+from pyro.infer.autoguide.initialization import init_to_median
 from pyro.poutine import Trace
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Size, Tensor
-from torch.distributions import register_kl
 
-from pyro_sivism.bijections import bijection
-from pyro_sivism.errors import ArgumentError, NotSetUpError
+from pyro_sivism.errors import ArgumentError, ModelError, NotSetUpError
 from pyro_sivism.family import AffineMap, Conditional, DiagonalNormal, LogDensityEstimate, SemiImplicit
 from pyro_sivism.layout import LatentLayout
+from pyro_sivism.posterior import SemiImplicitPosterior, Transformed
+from pyro_sivism.prototype import Prototype
 from pyro_sivism.recipe import Recipe
-from pyro_sivism.sites import check_support, is_enumerable, log_abs_det_jacobian
+from pyro_sivism.sites import log_abs_det_jacobian
 
 __all__ = ["SemiImplicitGuide", "SemiImplicitPosterior"]
 
@@ -73,7 +70,7 @@ class SemiImplicitGuide(AutoContinuous):
 
     # Set by Pyro's base classes.
     _pyro_name: str
-    _model: tuple[Callable] | None
+    _model: Prototype | None
     master: Any
     _fitted: Tensor
 
@@ -95,8 +92,8 @@ class SemiImplicitGuide(AutoContinuous):
             raise ArgumentError(f"expected init_scale > 0, got {init_scale}")
         if num_mixing < 1:
             raise ArgumentError(f"expected num_mixing of at least 1, got {num_mixing}")
-        super().__init__(_CheckSupports()(model))
-        self._model = (_initialized(model, init_loc_fn),)
+        super().__init__(model)
+        self._model = Prototype.of(model, init_loc_fn)
         self.create_plates = create_plates
         self._mixing_dim = mixing_dim
         self._hidden_dims = None if hidden_dims is None else tuple(hidden_dims)
@@ -155,7 +152,28 @@ class SemiImplicitGuide(AutoContinuous):
 
     def trace_model(self, *args: Any, **kwargs: Any) -> Trace:
         """A trace of the model with its latents at their initial values (``init_loc_fn``)."""
-        return poutine.block(poutine.trace(self.model).get_trace)(*args, **kwargs)
+        return self._require_model().trace(*args, **kwargs)
+
+    def check_model(self, model: Callable, *args: Any, **kwargs: Any) -> None:
+        """Raise unless ``model`` has the latents of the model that this guide was made for.
+
+        It is run once on its arguments, unless it is that very model.
+
+        Raises:
+            ModelError: a latent site is missing on one side, or differs in shape.
+        """
+        own = self._require_model()
+        if model is own.model:
+            return
+        other = LatentLayout.from_trace(Prototype.of(model, own.init_loc_fn).trace(*args, **kwargs))
+        difference = self.layout.first_difference(other)
+        if difference is not None:
+            name, shape, other_shape = difference
+            raise ModelError(
+                f"the guide was made for another model: latent site '{name}' "
+                f"{_has_shape(shape)} in the guide's model and {_has_shape(other_shape)} in the model given here. Make "
+                "the guide by SemiImplicitGuide(model) of this very model, with all the handlers around it."
+            )
 
     def setup_from_trace(self, trace: Trace, recipe: Recipe | None = None) -> None:
         """As :meth:`setup`, from a trace of the model made by :meth:`trace_model`, with a recipe's defaults."""
@@ -260,7 +278,7 @@ class SemiImplicitGuide(AutoContinuous):
                 value = pyro.subsample(value, event_dim=site.event_dim)
                 if isinstance(log_density, Tensor):
                     log_density = pyro.subsample(log_density, event_dim=0)
-                delta = _Transformed(value, log_density=log_density, event_dim=site.event_dim)
+                delta = Transformed(value, log_density=log_density, event_dim=site.event_dim)
                 result[site.name] = pyro.sample(site.name, delta)
         return result
 
@@ -311,12 +329,15 @@ class SemiImplicitGuide(AutoContinuous):
         Raises:
             NotSetUpError: the guide was unpickled, and models are not pickled.
         """
+        return self._require_model().prepared
+
+    def _require_model(self) -> Prototype:
         if self._model is None:
             raise NotSetUpError(
                 "this SemiImplicitGuide was read from a file, which does not hold its model. Call "
                 "guide.attach_model(model) first."
             )
-        return self._model[0]
+        return self._model
 
     def __getstate__(self) -> dict[str, Any]:
         # AutoGuide's __getstate__ drops the model from the live object too; give it back.
@@ -340,94 +361,7 @@ class SemiImplicitGuide(AutoContinuous):
 
     def attach_model(self, model: Callable, init_loc_fn: Callable = init_to_median) -> None:
         """Give a guide that was unpickled its model back."""
-        self._model = (_initialized(model, init_loc_fn),)
-
-
-class SemiImplicitPosterior(TorchDistribution):
-    """The distribution of a semi-implicit guide's unconstrained latents.
-
-    ``log_prob`` is defined for the last draw only: ``log (1/K) sum_k q(x|z_k)`` with the draw's own z among
-    the K mixing draws, whose expectation over draws is at least ``E log q``. At any other point there is no
-    such bound, and :meth:`log_prob` refuses.
-    """
-
-    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
-    support = constraints.real_vector
-    has_rsample = True
-
-    def __init__(
-        self, family: SemiImplicit, affine: AffineMap, num_mixing: int, batch_shape: Sequence[int] = ()
-    ) -> None:
-        self.family, self.affine, self.num_mixing = family, affine, num_mixing
-        self._last: tuple[Tensor, Tensor] | None = None
-        super().__init__(Size(batch_shape), Size((family.dim,)), validate_args=False)
-
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> SemiImplicitPosterior:
-        return SemiImplicitPosterior(self.family, self.affine, self.num_mixing, batch_shape)
-
-    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        draw = self.family.rsample(Size(sample_shape) + self.batch_shape)
-        x = self.affine.forward(draw.x)
-        self._last = (x, draw.z)
-        return x
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self._last is None or self._last[0] is not value:
-            raise NotImplementedError(
-                "the density of a semi-implicit guide has no closed form, and no bound away from its own draws. For an "
-                "estimate at given points use guide.log_prob_estimate(x, num_mixing)."
-            )
-        estimate = self.family.log_prob_estimate(self.affine.inverse(value), self.num_mixing, own_z=self._last[1])
-        return estimate.value - self.affine.log_abs_det
-
-
-class _Transformed(dist.Delta):
-    """A site's value as a function of the auxiliary draw, with the density of the change of variables.
-
-    Pyro's divergence of a ``Delta`` from a prior leaves that density out, by which ``TraceMeanField_ELBO`` would
-    report a false ELBO for every site with a constrained support.
-    """
-
-
-@register_kl(_Transformed, dist.Distribution)
-def _kl_of_transformed(p: _Transformed, q: dist.Distribution) -> Tensor:
-    return p.log_density - q.log_prob(p.v)
-
-
-class _CheckSupports(Messenger):
-    """Refuse latent sites without a bijection by our own error, and draw discrete ones without an init function.
-
-    It is the innermost handler, so that it sees each site before the ``InitMessenger``.
-    """
-
-    def _pyro_sample(self, msg: dict) -> None:
-        if msg["is_observed"] or msg["value"] is not None or site_is_subsample(msg):
-            return
-        if is_enumerable(msg):
-            msg["value"] = msg["fn"].sample()
-        else:
-            check_support(msg)
-
-
-class _Initialize(InitMessenger):
-    """Give latent sites their initial values, also where the distribution cannot be sampled.
-
-    Pyro's init functions all look at a prior draw first, which an ``ImproperUniform`` does not have; such a site
-    starts where its unconstrained value is 0.
-    """
-
-    def _pyro_sample(self, msg: dict) -> None:
-        try:
-            super()._pyro_sample(msg)
-        except NotImplementedError:
-            fn = msg["fn"]
-            transform = bijection(fn.support)
-            msg["value"] = transform(torch.zeros(transform.inverse_shape(fn.shape())))
-
-
-def _initialized(model: Callable, init_loc_fn: Callable) -> Callable:
-    """The model with its supports checked and its latents at their initial values."""
-    return _Initialize(init_loc_fn)(_CheckSupports()(model))
+        self._model = Prototype.of(model, init_loc_fn)
 
 
 def _latent_trace(trace: Trace, layout: LatentLayout) -> Trace:
@@ -436,3 +370,7 @@ def _latent_trace(trace: Trace, layout: LatentLayout) -> Trace:
     for name in layout.names:
         latent.add_node(name, **trace.nodes[name])
     return latent
+
+
+def _has_shape(shape: Size | None) -> str:
+    return "does not exist" if shape is None else f"has shape {tuple(shape)}"

@@ -62,9 +62,11 @@ def to_inference_data(
     ``unconstrained_posterior``  the draws before they are mapped to the sites' supports
     =========================  ================================================================================
 
-    Dims are named after the plates; a dim without a plate is ``site_dim_i``. The draws are one chain: they are
-    independent draws of one fit, so R-hat and ESS say nothing about how good the fit is. Fits of several seeds can
-    be put side by side with ``arviz.concat(..., dim="chain")``.
+    Dims are named after the plates; a dim without a plate is ``site_dim_i``, so also the dim of size 1 that a site
+    has where it is inside another of two crossed plates. Sites have the shapes that the model gives them, as they
+    have in ``arviz.from_pyro``. The draws are one chain: they are independent draws of one fit, so R-hat and ESS say
+    nothing about how good the fit is. Fits of several seeds can be put side by side with
+    ``arviz.concat(..., dim="chain")``.
 
     The log likelihood has neither a minibatch's scale nor that of ``poutine.scale``, and an observation that is
     masked out (``poutine.mask``, ``obs_mask``) has log likelihood 0, as it has in the model: sums over observations

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from pyro.distributions.util import sum_rightmost
 from pyro.poutine import Trace
-from torch import Tensor
+from torch import Size, Tensor
 
 from pyro_sivism.bijections import bijection
 from pyro_sivism.errors import EmptyModelError, LayoutChangedError
@@ -165,20 +165,28 @@ class LatentLayout:
             total = total + sum_rightmost(log_det, log_det.dim() - total.dim())
         return total
 
+    def first_difference(self, other: LatentLayout) -> tuple[str, Size | None, Size | None] | None:
+        """The first latent in which two layouts differ, with its shape in each, or None if they have the same."""
+        for name in (*self.names, *other.names):
+            shape, other_shape = (layout[name].shape if name in layout else None for layout in (self, other))
+            if shape != other_shape:
+                return name, shape, other_shape
+        return None
+
     def check_same(self, other: LatentLayout) -> None:
         """Raise :class:`LayoutChangedError`, naming the site, unless ``other`` holds the same latents."""
-        for name in (*self.names, *other.names):
-            if name not in self or name not in other:
-                when = "before" if name in self else "with the new arguments"
-                raise LayoutChangedError(
-                    f"latent site '{name}' exists only {when}: the set of latent sites must stay the same "
-                    "for one fit. Make a new SIVISM for the other structure; a fit read from a file needs its own "
-                    "model."
-                )
-            old, new = self[name].shape, other[name].shape
-            if old != new:
-                raise LayoutChangedError(
-                    f"latent site '{name}' had shape {tuple(old)} at set-up and has {tuple(new)} with the new "
-                    "arguments. For minibatches use pyro.plate(name, full_size, subsample_size=...) so that "
-                    "latents keep their full size; for other data make a new SIVISM."
-                )
+        difference = self.first_difference(other)
+        if difference is None:
+            return
+        name, old, new = difference
+        if old is None or new is None:
+            when = "with the new arguments" if old is None else "before"
+            raise LayoutChangedError(
+                f"latent site '{name}' exists only {when}: the set of latent sites must stay the same for one fit. "
+                "Make a new SIVISM for the other structure; a fit read from a file needs its own model."
+            )
+        raise LayoutChangedError(
+            f"latent site '{name}' had shape {tuple(old)} at set-up and has {tuple(new)} with the new arguments. For "
+            "minibatches use pyro.plate(name, full_size, subsample_size=...) so that latents keep their full size; "
+            "for other data make a new SIVISM."
+        )

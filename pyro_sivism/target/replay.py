@@ -40,7 +40,7 @@ from pyro_sivism.target.minibatches import Indices, MinibatchCover
 from pyro_sivism.target.paths import agree
 from pyro_sivism.target.pointwise import pointwise_log_likelihood
 from pyro_sivism.target.replay_handlers import Draw, Hold, ReplaySite
-from pyro_sivism.target.sampling import functional_sampling
+from pyro_sivism.target.sampling import functional_sampling, without_sampler_warnings
 
 __all__ = ["Evaluation", "Replay"]
 
@@ -150,6 +150,7 @@ class Replay:
     # --- what is asked for --------------------------------------------------------------------------
 
     @torch.no_grad()
+    @without_sampler_warnings()
     def evaluate(self, values: Mapping[str, Tensor], batch_size: int | None = None) -> Evaluation:
         """The log likelihood of each observation and the deterministic sites at draws ``values``.
 
@@ -164,6 +165,7 @@ class Replay:
         return Evaluation(log_likelihood, deterministic, {**self.left_out, **self._reasons})
 
     @torch.no_grad()
+    @without_sampler_warnings()
     def simulate(
         self, num_samples: int, values: Mapping[str, Tensor] | None = None, batch_size: int | None = None
     ) -> Tensors:

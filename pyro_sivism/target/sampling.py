@@ -9,6 +9,7 @@ sampler is a ``torch.autograd.Function`` that ``vmap`` refuses too, is drawn wit
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +19,7 @@ import torch.distributions.dirichlet
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["functional_sampling"]
+__all__ = ["functional_sampling", "without_sampler_warnings"]
 
 
 @contextmanager
@@ -31,6 +32,19 @@ def functional_sampling() -> Iterator[None]:
             yield
     finally:
         torch.distributions.dirichlet._Dirichlet = original  # type: ignore[misc]  # as above
+
+
+@contextmanager
+def without_sampler_warnings() -> Iterator[None]:
+    """Leave out two warnings of torch that tell a user nothing about the model.
+
+    ``Wishart`` takes its valid draws for singular ones, says so, and draws them again. ``vmap`` says which operators
+    it runs in a loop for want of a batched form: right, only slower.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Singular sample detected", UserWarning)
+        warnings.filterwarnings("ignore", ".*we have not yet implemented the batching rule", UserWarning)
+        yield
 
 
 class _Dirichlet:

@@ -31,7 +31,7 @@ from pyro.infer.reparam import ProjectedNormalReparam
 from torch import nn
 
 from pyro_sivism import DiagonalNormal, LowRankNormal, SemiImplicitGuide
-from pyro_sivism.errors import ArgumentError, EmptyModelError, NotSetUpError, UnsupportedSiteError
+from pyro_sivism.errors import ArgumentError, EmptyModelError, ModelError, NotSetUpError, UnsupportedSiteError
 
 K = 5.0
 
@@ -537,6 +537,45 @@ def test_projected_normal_works_once_reparametrized():
 def test_model_without_latents():
     with pytest.raises(EmptyModelError, match="no continuous latent"):
         SemiImplicitGuide(lambda: None).setup()
+
+
+@pytest.mark.parametrize(
+    ("make_other", "message"),
+    [
+        (
+            lambda: lambda: pyro.sample("mu", dist.Normal(0.0, 1.0)),
+            "latent site 'loc' has shape .. in the guide's model and does not exist in the model given here",
+        ),
+        (
+            lambda: lambda: (structured_model(), pyro.sample("mu", dist.Normal(0.0, 1.0))),
+            "latent site 'mu' does not exist in the guide's model and has shape .. in",
+        ),
+        (lambda: poutine.block(structured_model, hide=["scale"]), "latent site 'scale' has shape .. in the guide's"),
+        (
+            lambda: poutine.condition(structured_model, {"row": torch.zeros(3)}),
+            r"latent site 'row' has shape \(3,\) in the guide's",
+        ),
+    ],
+    ids=["other", "more", "block", "condition"],
+)
+def test_a_model_with_other_latents_is_told_from_the_guides_own(make_other, message):
+    guide = SemiImplicitGuide(structured_model).setup()
+    with pytest.raises(ModelError, match=f"^the guide was made for another model: {message}.*SemiImplicitGuide"):
+        guide.check_model(make_other())
+
+
+def test_a_model_with_the_same_latents_passes_and_the_guides_own_is_not_run():
+    runs = []
+
+    def counted():
+        runs.append(1)
+        structured_model()
+
+    guide = SemiImplicitGuide(counted).setup()
+    guide.check_model(structured_model)
+    num_runs = len(runs)
+    guide.check_model(counted)
+    assert len(runs) == num_runs
 
 
 # --- pickling, copying, tracing ---------------------------------------------------------------------

@@ -150,6 +150,25 @@ def test_plates_named_as_arviz_or_a_site_names_things():
     assert idata["posterior"]["f"].dims == ("chain", "draw", "pair")
 
 
+def test_a_site_of_crossed_plates_keeps_the_shape_the_model_gives_it():
+    """A size-1 dim for the plate that a site is outside of, by the name ``az.from_pyro`` gives it too."""
+
+    def model(y):
+        rows, columns = pyro.plate("rows", 2, dim=-2), pyro.plate("columns", 3, dim=-1)
+        with rows:
+            a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        with columns:
+            b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        with rows, columns:
+            pyro.sample("y", dist.Normal(a + b, 1.0), obs=y)
+
+    idata = convert(model, Y.reshape(2, 3))
+    assert idata["posterior"]["a"].dims == ("chain", "draw", "rows", "a_dim_1")
+    assert idata["posterior"]["a"].shape == (1, 40, 2, 1)
+    assert idata["posterior"]["b"].dims == ("chain", "draw", "columns")
+    assert idata["log_likelihood"]["y"].dims == ("chain", "draw", "rows", "columns")
+
+
 # --- values ------------------------------------------------------------------------------------------
 
 
@@ -332,6 +351,39 @@ def test_a_prior_without_a_sampler_costs_no_other_group():
     assert any("posterior_predictive" in m and "no sampler" in m for m in messages)
     assert any("prior and prior_predictive" in m for m in messages)
     assert {"posterior", "log_likelihood", "sample_stats", "observed_data"} <= groups_of(idata)
+
+
+def test_a_chain_of_discrete_latents_gives_one_warning_for_all_its_sites():
+    def model(y):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        z = torch.tensor(0)
+        for t in pyro.markov(range(len(y))):
+            z = pyro.sample(f"z_{t}", dist.Categorical(torch.tensor([[0.9, 0.1], [0.2, 0.8]])[z]))
+            pyro.sample(f"y_{t}", dist.Normal(loc[z], 1.0), obs=y[t])
+
+    with pytest.warns(SivismWarning) as caught:
+        idata = convert(model, torch.cat([Y, Y]))
+    (warning,) = caught
+    assert str(warning.message).startswith(
+        "the InferenceData leaves out 'y_0', 'y_1', 'y_2', 'y_3', 'y_4', 'y_5' and 6 more of log_likelihood: "
+        "a chain of discrete latents (z_0, z_1, z_2, ...)"
+    )
+    assert "log_likelihood" not in groups_of(idata)
+    assert len(idata["posterior_predictive"].data_vars) == 12
+
+
+def test_warnings_of_torchs_samplers_are_not_the_users():
+    """torch's Wishart calls its valid draws singular; vmap complains of operators without a batched form."""
+
+    def model():
+        pyro.sample("covariance", dist.Wishart(torch.tensor(5.0), torch.eye(2)))
+        pyro.sample("correlation", dist.LKJCholesky(3, torch.tensor(1.0)))
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        idata = convert(model)
+    assert caught == []
+    assert idata["prior"]["covariance"].shape == (1, 40, 2, 2)
 
 
 def test_groups_can_be_left_out_and_batches_change_nothing():
