@@ -1,0 +1,110 @@
+"""Every benchmark runs on a tiny case and writes what it promises. No test here looks at a time."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Import a benchmark the way its own command does: with its folder first on the path."""
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+def rows_of(path: Path) -> list[dict]:
+    report = json.loads(path.read_text())
+    assert {"pyro_sivism", "commit", "torch", "pyro", "threads"} <= set(report["versions"])
+    return report["rows"]
+
+
+def test_step_cost_has_a_row_for_every_method(load, tmp_path):
+    out = tmp_path / "step_cost.json"
+    load("step_cost").main(["--quick", "--compile", "off", "--out", str(out)])
+    rows = {row["method"]: row for row in rows_of(out)}
+    assert list(rows) == ["SIVISM", "AutoNormal", "AutoMultivariateNormal", "AutoIAFNormal"]
+    assert rows["AutoNormal"]["ratio"] == 1.0
+    assert out.with_suffix(".png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("problem", ["eight_schools", "subsampled_regression", "mixture"])
+def test_capture_compares_scores_that_agree_with_pyro(load, tmp_path, problem):
+    out = tmp_path / "capture.json"
+    load("capture").main(["--quick", "--problems", problem, "--out", str(out)])
+    (row,) = rows_of(out)
+    assert {"vmap", "loop", "pyro"} <= set(row["errors"])
+    assert max(row["errors"].values()) < 1e-4  # float32, sums of up to a few hundred terms in another order
+    assert set(row["errors"]) | set(row["reasons"]) == {"captured", "vmap", "plate", "loop", "pyro"}
+
+
+def test_capture_notices_a_score_that_is_wrong(load):
+    capture, problems = load("capture"), load("problems")
+    problem = problems.PROBLEMS["logistic"]()
+    points = torch.ones(2, 22)
+    target, _ = capture.target_along("loop", problem, points)
+    other = problems.logistic_regression(400, 22)
+    halved = problems.Problem("halved", other.model, (0.5 * other.args[0], other.args[1]))
+    right, wrong = target.score(points), capture.score_by_pyro(halved, target)(points)
+    assert not torch.allclose(right, wrong, rtol=1e-2)
+    assert torch.allclose(right, capture.score_by_pyro(problem, target)(points), rtol=1e-4, atol=1e-3)
+
+
+def test_scaling_measures_a_point_and_keeps_a_failure(load, tmp_path):
+    scaling = load("scaling")
+    point = scaling.BASE | {"dim": 2, "num_rows": 10, "num_particles": 4, "rounds": 2}
+    row = {"axis": "dim", **point, **scaling.measure(point)}
+    assert row["step_ms_median"] > 0
+    assert row["peak_mib"] > row["own_mib"] >= 0
+    failed = {"axis": "dim", **point, "error": "MemoryError"}
+    scaling.print_row("dim", failed)
+    scaling.plot([row, failed], tmp_path / "scaling.png")
+    assert (tmp_path / "scaling.png").stat().st_size > 0
+
+
+def test_a_fresh_process_gives_its_row_or_its_error(load, tmp_path):
+    fresh = load("fresh")
+    script = tmp_path / "script.py"
+    script.write_text("import sys\nprint('noise')\nprint('{\"answer\": 42}') if '7' in sys.argv[-1] else 1 / 0\n")
+    assert fresh.run_fresh(str(script), {"size": 7}) == {"size": 7, "answer": 42}
+    assert fresh.run_fresh(str(script), {"size": 8}) == {"size": 8, "error": "ZeroDivisionError: division by zero"}
+
+
+def test_peak_memory_is_the_process_s_own():
+    hold = "x = bytearray({size}); from fresh import peak_mib; print(peak_mib())"
+    large, small = (
+        float(subprocess.check_output([sys.executable, "-c", hold.format(size=size)], cwd=BENCHMARKS))
+        for size in (200 * 2**20, 0)
+    )
+    assert large - small == pytest.approx(200, abs=20)
+
+
+def test_large_cases_give_the_right_posterior(load):
+    large = load("large")
+    row = large.multinomial(large.QUICK["multinomial"])
+    assert row["dim"] == 12
+    assert math.isfinite(row["ratio"])
+    covariates, outcomes = torch.ones(100, 1), torch.full((100,), 2.0)
+    mean, covariance = large.exact_posterior(covariates, outcomes)
+    assert mean.item() == pytest.approx(200.0 / 100.01)
+    assert covariance.item() == pytest.approx(1.0 / 100.01)
+
+
+def test_digits_compares_with_a_reference(load, tmp_path):
+    digits = load("digits")
+    weights = torch.zeros(3, 10, 65)
+    uniform = digits.log_predictive(weights, torch.ones(4, 65), torch.tensor([0, 3, 9, 9]))
+    assert torch.allclose(uniform, torch.full((4,), -math.log(10.0)))
+    (covariates, labels), (test_covariates, test_labels) = digits.split(0)
+    assert (len(labels), len(test_labels)) == (1347, 450)
+    assert not torch.isin(covariates.sum(-1), test_covariates.sum(-1)).all()
