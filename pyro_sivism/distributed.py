@@ -25,12 +25,13 @@ What is shared, and how:
   rank's density is unbiased, hence so is g, and its noise is that of K minibatches. A script that draws minibatches
   itself, with torch and after set-up, gets other ones on each rank, to the same effect.
 - **Random numbers.** Set-up (the prototype, the preconditioner, the networks' first weights) runs on every rank with
-  rank 0's random numbers, and what it made is broadcast from rank 0. After it each rank draws its own. All follow from
-  rank 0's state at set-up: ``pyro.set_rng_seed`` makes a fit on K processes reproducible.
+  rank 0's random numbers, and what it made is broadcast from rank 0. After it, and from the start of a ``run``, each
+  rank draws its own. All follow from rank 0's: ``pyro.set_rng_seed`` makes a fit on K processes reproducible.
 - **Reports and files.** Rank 0 shows the progress bar, warns and writes files.
 
 ``setup``, ``step`` and ``run`` are called by all ranks; all else (``sample``, ``evaluate_loss``, ``save``,
-``to_inference_data``) works on one rank alone. To fit another model on each rank, pass ``ranks=Ranks.alone()``.
+``to_inference_data``) works on one rank alone. To fit another model on each rank, or to go on from a file on one rank
+only, pass ``ranks=Ranks.alone()``.
 
 A rank that dies closes its connections, so that the others raise :class:`DistributedError` within the step; one that
 is silent for :attr:`Ranks.timeout` seconds in a step is given up. ``SIVISM.load`` goes on from the last checkpoint.
@@ -198,6 +199,11 @@ class Ranks:
             yield
         finally:
             torch.manual_seed(int(seed) + 1 + self.rank)
+
+    def draw_apart(self) -> None:
+        """From now on each rank draws random numbers of its own, which follow from rank 0's."""
+        with self.same_random_numbers():
+            pass
 
     # --- communication ------------------------------------------------------------------------------
 

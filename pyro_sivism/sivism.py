@@ -12,10 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 from tqdm.auto import tqdm
 
 from pyro_sivism.checkpoint import write_atomically
@@ -30,7 +28,8 @@ from pyro_sivism.optimizers import OptimizerLike, check_optimizer
 from pyro_sivism.recipe import Recipe
 from pyro_sivism.results import FitResult, StepInfo
 from pyro_sivism.target import Target
-from pyro_sivism.target.density import check_finite_start
+from pyro_sivism.target.density import PATHS
+from pyro_sivism.target.starts import find_starts
 from pyro_sivism.training import Training
 from pyro_sivism.warn import warn
 
@@ -40,10 +39,8 @@ Callback = Callable[["SIVISM", StepInfo], "bool | None"]
 T = TypeVar("T")
 
 _CONVERSION_KEYWORDS = frozenset(inspect.signature(to_inference_data).parameters)
-_NUM_STARTS = 4
 _MIN_STEPS_TO_JUDGE = 100
 _MAX_MISMATCH = 1.0  # right fits measured below .2 a dimension, failed ones above 5
-_MAX_START_TRIES = 100
 
 
 class SIVISM:
@@ -74,6 +71,8 @@ class SIVISM:
         num_particles: draws per batch, B.
         preconditioner: fits the Gaussian that q starts from; :class:`BatchAndMatch` if None.
         critic_steps: critic updates per guide update.
+        capture: keep the model's log density as a graph of tensor operations and replay that, rather than run the model
+            in each step. Where it cannot be done or would not be right the model is run; ``target.path`` says so.
         ranks: the processes that share the fit, see :mod:`pyro_sivism.distributed`; those that ``torchrun`` started or
             ``torch.distributed`` knows if None.
 
@@ -107,6 +106,7 @@ class SIVISM:
         num_particles: int | None = None,
         preconditioner: Preconditioner | None = None,
         critic_steps: int | None = None,
+        capture: bool = True,
         ranks: Ranks | None = None,
     ) -> None:
         if not callable(model):
@@ -126,16 +126,18 @@ class SIVISM:
         for name, value in (("num_particles", num_particles), ("critic_steps", critic_steps)):
             if value is not None and not (_is_integer(value) and value >= 1):
                 raise ArgumentError(f"expected {name} to be an integer of at least 1, got {value!r}")
+        if ranks is not None and not isinstance(ranks, Ranks):
+            raise ArgumentError(f"ranks is a {type(ranks).__name__}; expected None, Ranks.find() or Ranks.alone()")
         check_optimizer(optim, "optim")
         check_optimizer(critic_optim, "critic_optim")
         self.model, self.guide, self.optim, self.critic_optim = model, guide, optim, critic_optim
         self.loss = PathGradientKL() if loss is None else copy.copy(loss)  # another fit may share the object
         self.preconditioner = BatchAndMatch() if preconditioner is None else preconditioner
         self._critic, self._num_particles, self._critic_steps = critic, num_particles, critic_steps
+        self._capture = bool(capture)
         self._ranks, self._last_save = ranks, ""
         self._training: Training | None = None
         self._target: Target | None = None
-        self._signature: tuple | None = None
         self._gaussian_fit: GaussianFit | None = None
         self._seconds: dict[str, float] = {}
         self._saved: dict[str, Any] | None = None
@@ -185,9 +187,7 @@ class SIVISM:
 
     def _bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Training:
         """Point everything at these arguments, setting up or checking what is new."""
-        signature = _signature(args, kwargs)
-        if self._training is not None and self._target is not None and signature == self._signature:
-            self._target.rebind(args, kwargs)
+        if self._training is not None and self._target is not None and self._target.rebind(args, kwargs):
             return self._training
         training = self._training
         if training is None:
@@ -200,7 +200,7 @@ class SIVISM:
         else:
             self._point_target(args, kwargs)
         self._connect(training)
-        self._training, self._signature = training, signature
+        self._training = training
         return training
 
     def _point_target(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
@@ -212,7 +212,8 @@ class SIVISM:
         else:
             self.guide.setup_from_trace(trace, self._recipe(LatentLayout.from_trace(trace).dim))
         if self._target is None:
-            self._target = Target(self.model, self.guide.layout, trace, args, kwargs)
+            paths = PATHS if self._capture else [path for path in PATHS if not path.startswith("captured")]
+            self._target = Target(self.model, self.guide.layout, trace, args, kwargs, paths=paths)
         else:
             self._target.bind(trace, args, kwargs)
         if self._target.path.name == "loop" and self.ranks.is_first:
@@ -235,23 +236,10 @@ class SIVISM:
 
     def _fit_gaussian(self, init: Tensor) -> None:
         started = time.perf_counter()
-        self._gaussian_fit = self.preconditioner.fit(self.target.over_minibatches(), self._starts(init))
+        self._gaussian_fit = self.preconditioner.fit(self.target.over_minibatches(), find_starts(self.target, init))
         self.guide.affine = self._gaussian_fit.affine
         self.guide.is_fitted = True
         self._seconds["preconditioner"] = time.perf_counter() - started
-
-    def _starts(self, init: Tensor) -> Tensor:
-        """Finite starting points: the guide's initial values, and draws from U(-2, 2) around the origin."""
-        target = self.target
-
-        def uniform(count: int) -> Tensor:
-            return 4.0 * torch.rand(count, target.dim, dtype=init.dtype, device=init.device) - 2.0
-
-        starts = torch.cat([init[None], uniform(_NUM_STARTS - 1)])
-        log_density, score = target.log_density_and_score(starts)
-        if not bool((log_density.isfinite() & score.isfinite().all(-1)).any()):
-            starts = torch.cat([init[None], uniform(_MAX_START_TRIES)])
-        return check_finite_start(target, starts)[:_NUM_STARTS]
 
     def _make_training(self) -> Training:
         """A live copy of the guide's family, a critic and their optimizers; restored from a file if there is one."""
@@ -352,6 +340,7 @@ class SIVISM:
                 f"{type(num_steps).__name__}; the model's arguments come after it: run(None, data)"
             )
         training = self._bind(args, kwargs)
+        self.ranks.draw_apart()  # a script may have seeded all ranks alike since set-up
         num_steps = training.recipe.num_steps if num_steps is None else num_steps
         training.plan(num_steps)
         history: list[StepInfo] = []
@@ -508,17 +497,3 @@ def _parameter_names(model: Callable) -> set[str]:
 
 def _is_integer(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def _signature(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple:
-    """What stays the same between minibatches of one problem: structure, shapes, dtypes and plain values."""
-    leaves, structure = tree_flatten((tuple(args), kwargs))
-    plain = (int, float, str, bool, type(None))
-    return str(structure), *(
-        (leaf.shape, leaf.dtype, leaf.device)
-        if isinstance(leaf, Tensor)
-        else (type(leaf), leaf.shape, leaf.dtype)
-        if isinstance(leaf, np.ndarray)
-        else (type(leaf), leaf if isinstance(leaf, plain) else id(leaf))
-        for leaf in leaves
-    )

@@ -13,15 +13,15 @@ Where several processes share the fit, each draws its share of the particles, an
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pyro_sivism.distributed import Ranks
-from pyro_sivism.errors import ModelError, NonFiniteWarning
-from pyro_sivism.family import SemiImplicit, TargetDensity
+from pyro_sivism.errors import ModelError, NonFiniteError, NonFiniteWarning
+from pyro_sivism.family import SemiImplicit, SemiImplicitSample, TargetDensity
 from pyro_sivism.objectives import GuideLoss, Objective
 from pyro_sivism.optimizers import OptimizerLike, Stepper, clip_gradients, make_stepper
 from pyro_sivism.recipe import Recipe
@@ -124,13 +124,7 @@ class Training:
             critic_loss = self._critic_step(lr_factor)
 
         sample = self.family.rsample(self._num_particles)
-        losses = self.objective.guide_loss(sample, self.num_steps)
-        weight = self._num_particles - losses.num_nonfinite  # before the backward pass counts its own
-        params = list(self._guide_stepper.params.values())
-        own_gradients = torch.autograd.grad(losses.loss, params, allow_unused=True)
-        *gradients, divergence, num_nonfinite = self.ranks.pool(
-            [*own_gradients, losses.fisher_divergence, losses.num_nonfinite], weight
-        )
+        gradients, divergence, num_nonfinite = self._guide_gradients(sample)
         self._guide_stepper.step(clip_gradients(gradients, self.recipe.clip_norm, "guide"), lr_factor)
         self._average_weights()
         if self._model_stepper is not None:
@@ -148,6 +142,24 @@ class Training:
 
     # --- pieces of a step ---------------------------------------------------------------------------
 
+    def _guide_gradients(self, sample: SemiImplicitSample) -> tuple[list[Tensor | None], Tensor, Tensor]:
+        """The guide's gradients, the Fisher divergence, and how many particles were left out, over all ranks."""
+        params, shared = list(self._guide_stepper.params.values()), self.ranks.size > 1
+        try:
+            losses = self.objective.guide_loss(sample, self.num_steps)
+            weight = self._num_particles - losses.num_nonfinite  # before the backward pass counts its own
+            own = torch.autograd.grad(losses.loss, params, allow_unused=True, materialize_grads=shared)
+            divergence, num_nonfinite = losses.fisher_divergence, losses.num_nonfinite
+        except NonFiniteError:
+            if not shared:
+                raise
+            # None of this rank's particles counts. If none counts anywhere the average is NaN, which all ranks refuse.
+            weight = torch.zeros((), dtype=torch.long, device=sample.x.device)
+            own = tuple(torch.zeros_like(param) for param in params)
+            divergence, num_nonfinite = sample.x.new_zeros(()), weight + self._num_particles
+        *gradients, divergence, num_nonfinite = self.ranks.pool([*own, divergence, num_nonfinite], weight)
+        return gradients, divergence, num_nonfinite
+
     def _critic_step(self, lr_factor: float) -> Tensor:
         with torch.no_grad():
             sample = self.family.rsample(self._num_particles)
@@ -164,14 +176,20 @@ class Training:
 
     def _model_step(self, stepper: Stepper, x: Tensor, lr_factor: float) -> None:
         """The M step of variational EM: move the model's parameters up ``E_q[log p]`` at the guide's own draws."""
+        params, shared = list(stepper.params.values()), self.ranks.size > 1
         log_density = self.target.log_density(x)
         finite = log_density.isfinite()
-        if not bool(finite.all()):
-            # Masked in the sum, a NaN would still have a NaN gradient: evaluate without those particles.
-            log_density = self.target.log_density(x[finite])
-        loss = -log_density.sum() / finite.sum().clamp(min=1)
-        params = list(stepper.params.values())
-        gradients = torch.autograd.grad(loss, params, allow_unused=True) if loss.requires_grad else [None] * len(params)
+        gradients: Sequence[Tensor | None]
+        if shared and not bool(finite.any()):  # the other ranks' particles decide
+            gradients = [torch.zeros_like(param) for param in params]
+        else:
+            if not bool(finite.all()):
+                # Masked in the sum, a NaN would still have a NaN gradient: evaluate without those particles.
+                log_density = self.target.log_density(x[finite])
+            loss = -log_density.sum() / finite.sum().clamp(min=1)
+            gradients = [None] * len(params)
+            if loss.requires_grad:
+                gradients = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=shared)
         if all(gradient is None for gradient in gradients):
             raise ModelError(
                 f"the log density no longer depends on the model's parameters {list(stepper.params)}, which it did at "
