@@ -1,0 +1,26 @@
+"""Is the fit right? Pure functions of draws, scores and densities, and the verdict that combines them."""
+
+from pyro_sivism.diagnostics.drift import DriftStatistics, drift_statistics
+from pyro_sivism.diagnostics.fisher import FisherStatistics, fisher_statistics
+from pyro_sivism.diagnostics.modes import LostMode, ModeSearch, find_lost_modes
+from pyro_sivism.diagnostics.moments import MomentErrors
+from pyro_sivism.diagnostics.stein import SteinStatistics, WorstDirection, stein_statistics
+from pyro_sivism.diagnostics.verdict import Finding, Thresholds, Verdict, judge
+
+__all__ = [
+    "DriftStatistics",
+    "Finding",
+    "FisherStatistics",
+    "LostMode",
+    "ModeSearch",
+    "MomentErrors",
+    "SteinStatistics",
+    "Thresholds",
+    "Verdict",
+    "WorstDirection",
+    "drift_statistics",
+    "find_lost_modes",
+    "fisher_statistics",
+    "judge",
+    "stein_statistics",
+]

@@ -1,0 +1,261 @@
+"""One verdict from all the instruments: good, suspect or bad, and a sentence that says what is wrong and where.
+
+Every instrument's findings are put beside the thresholds of one table, :class:`Thresholds`; the worst one gives the
+level and the sentence. Errors of means and sds count with what is left of them after two standard errors, so that Monte
+Carlo noise does not raise an alarm. ``benchmarks/verdict.py`` measures what the levels are worth against true errors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_sivism.diagnostics.drift import DriftStatistics
+from pyro_sivism.diagnostics.fisher import FisherStatistics
+from pyro_sivism.diagnostics.modes import ModeSearch
+from pyro_sivism.diagnostics.moments import NUM_STANDARD_ERRORS, MomentErrors
+from pyro_sivism.diagnostics.stein import SteinStatistics, WorstDirection
+
+__all__ = ["Finding", "Thresholds", "Verdict", "judge"]
+
+LEVELS = ("good", "suspect", "bad")
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """From where on a finding makes a fit (suspect, bad).
+
+    Attributes:
+        moment: the error of a mean in posterior sds, or of an sd in log2, beyond two standard errors.
+        fisher: the Fisher divergence beyond two standard errors, in the frame of q.
+        mode: the share of the mass in a lost mode.
+        weight: how far the weights of separate modes are off, their total variation distance.
+        nonfinite: the fraction of draws at which the target is not finite.
+    """
+
+    moment: tuple[float, float] = (0.17, 0.5)
+    fisher: tuple[float, float] = (1.0, 10.0)
+    mode: tuple[float, float] = (0.01, 0.1)
+    weight: tuple[float, float] = (0.1, 0.3)
+    nonfinite: tuple[float, float] = (0.002, 0.05)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing an instrument found.
+
+    Attributes:
+        instrument: "stein", "drift", "fisher", "modes" or "draws".
+        sites: where: the coordinate's or coordinates' names; empty where the finding is about all.
+        size: in the units of the threshold.
+        severity: 1 at the suspect threshold, 2 at the bad one, in proportion to the logarithm between and beyond.
+        text: in words, the sites included.
+    """
+
+    instrument: str
+    sites: tuple[str, ...]
+    size: float
+    severity: float
+    text: str
+
+    @property
+    def level(self) -> str:
+        return LEVELS[min(2, max(0, math.floor(self.severity)))]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a fit can be trusted.
+
+    Attributes:
+        level: "good": no instrument found an error that matters; "suspect": use with care; "bad": do not use.
+        sentence: what is worst and where, in words.
+        findings: everything at or above "suspect", worst first.
+        stein, fisher, drift, modes: the statistics behind it, None where an instrument was not used.
+    """
+
+    level: str
+    sentence: str
+    findings: tuple[Finding, ...]
+    stein: SteinStatistics
+    fisher: FisherStatistics | None = None
+    drift: DriftStatistics | None = None
+    modes: ModeSearch | None = None
+
+    def __str__(self) -> str:
+        return f"{self.level}: {self.sentence}"
+
+    @property
+    def worst(self) -> Finding | None:
+        return self.findings[0] if self.findings else None
+
+    def as_dict(self) -> dict[str, float | str]:
+        """The verdict as plain values, for the attributes of a file."""
+        values: dict[str, float | str] = {"verdict": self.level, "verdict_sentence": self.sentence}
+        for name, statistics in (("stein", self.stein), ("drift", self.drift)):
+            if statistics is not None:
+                errors = statistics.coordinates
+                values[f"{name}_mean_max"] = errors.mean.abs().max().item()
+                values[f"{name}_log2_sd_max"] = errors.log2_sd.abs().max().item()
+        if self.fisher is not None:
+            values["fisher_divergence"], values["fisher_divergence_se"] = self.fisher.total, self.fisher.total_se
+        if self.modes is not None:
+            values["num_modes"], values["num_lost_modes"] = self.modes.num_modes, len(self.modes.lost)
+        return values
+
+
+def judge(
+    stein: SteinStatistics,
+    *,
+    fisher: FisherStatistics | None = None,
+    drift: DriftStatistics | None = None,
+    modes: ModeSearch | None = None,
+    labels: Sequence[str] | Callable[[int], str] | None = None,
+    thresholds: Thresholds | None = None,
+) -> Verdict:
+    """Combine the instruments that were used into one verdict.
+
+    Stein's statistics and the Fisher divergence cost one score a draw and serve while a fit is going on; the other two
+    cost more, and belong at its end.
+
+    Args:
+        stein, fisher, drift, modes: what the instruments returned.
+        labels: names of the coordinates of x, or a function from a coordinate's index to its name.
+        thresholds: the table of thresholds; the calibrated one if None.
+
+    Example:
+
+        >>> from pyro_sivism.diagnostics import stein_statistics
+        >>> _ = torch.manual_seed(0)
+        >>> x = 0.7 * torch.randn(4096, 1)  # q = N(0, .49) against p = N(0, 1)
+        >>> print(judge(stein_statistics(x, -x), labels=["tau"]))
+        bad: tau: sd probably 30% too small
+    """
+    table = Thresholds() if thresholds is None else thresholds
+    name = _namer(labels)
+    found = _moment_findings("stein", stein.coordinates, stein.direction, name, table.moment)
+    num_draws = stein.num_draws + stein.num_nonfinite
+    found.append(
+        _finding(
+            "draws",
+            (),
+            stein.num_nonfinite / num_draws,
+            table.nonfinite,
+            f"the model's density is not finite at {stein.num_nonfinite} of {num_draws} draws",
+        )
+    )
+    if drift is not None:
+        found += _moment_findings("drift", drift.coordinates, drift.direction, name, table.moment)
+    if fisher is not None:
+        found.append(_fisher_finding(fisher, name, table.fisher))
+    if modes is not None:
+        found += _mode_findings(modes, name, table)
+    found.sort(key=lambda finding: -finding.severity)
+    alarms = tuple(finding for finding in found if finding.level != "good")
+    level = alarms[0].level if alarms else "good"
+    sentence = alarms[0].text if alarms else _all_clear(stein.coordinates, modes)
+    return Verdict(level, sentence, alarms, stein, fisher, drift, modes)
+
+
+# --- findings -----------------------------------------------------------------------------------------
+
+_COORDINATE_BONUS = (
+    1.25  # a coordinate's name reads better than a direction's: it is named unless much less is wrong there
+)
+_NUM_NAMED = 3
+_MIN_LOADING = 0.3
+
+
+def _namer(labels: Sequence[str] | Callable[[int], str] | None) -> Callable[[int], str]:
+    if labels is None:
+        return "x[{}]".format
+    return labels if callable(labels) else labels.__getitem__
+
+
+def _finding(
+    instrument: str, sites: tuple[str, ...], size: float, thresholds: tuple[float, float], text: str
+) -> Finding:
+    suspect, bad = thresholds
+    severity = 1.0 + math.log(max(size, 1e-9) / suspect) / math.log(bad / suspect)
+    return Finding(instrument, sites, size, severity, text)
+
+
+def _moment_findings(
+    instrument: str,
+    coordinates: MomentErrors,
+    direction: WorstDirection | None,
+    name: Callable[[int], str],
+    thresholds: tuple[float, float],
+) -> list[Finding]:
+    """The worst coordinate, and the worst direction unless a coordinate says as much."""
+    size, i = torch.maximum(coordinates.sure_mean.abs(), coordinates.sure_log2_sd.abs()).max(0)
+    sites: tuple[str, ...] = (name(int(i)),)
+    found = [_finding(instrument, sites, size.item(), thresholds, f"{sites[0]}: {_moment_text(coordinates, int(i))}")]
+    if direction is not None:
+        along = max(direction.errors.sure_mean.abs().item(), direction.errors.sure_log2_sd.abs().item())
+        if along > _COORDINATE_BONUS * size.item():
+            sites, combination = _named(direction.loadings, name)
+            text = f"along {combination}: {_moment_text(direction.errors, 0)}"
+            found.append(_finding(instrument, sites, along, thresholds, text))
+    return found
+
+
+def _moment_text(errors: MomentErrors, i: int) -> str:
+    """Which of the two errors is larger, in words."""
+    mean, log2_sd = errors.mean[i].item(), errors.log2_sd[i].item()
+    if abs(errors.sure_mean[i]) > abs(errors.sure_log2_sd[i]):
+        side = "high" if mean > 0 else "low"
+        return f"mean more than 3 sds too {side}" if abs(mean) > 3 else f"mean probably {abs(mean):.1f} sds too {side}"
+    ratio = 2.0**log2_sd
+    if ratio < 1.0 / 3.0:
+        return "sd less than a third of what it should be"
+    if ratio > 3.0:
+        return "sd more than three times what it should be"
+    return f"sd probably {abs(ratio - 1.0):.0%} too {'large' if ratio > 1 else 'small'}"
+
+
+def _named(loadings: Tensor, name: Callable[[int], str]) -> tuple[tuple[str, ...], str]:
+    """The coordinates that a direction moves most, and the combination in words: ``mu - 0.7 tau``."""
+    loadings = loadings / loadings.abs().max()
+    order = loadings.abs().argsort(descending=True)[:_NUM_NAMED].tolist()
+    order = [i for i in order if abs(loadings[i]) >= _MIN_LOADING]
+    loadings = loadings * loadings[order[0]].sign()
+    text = name(order[0])
+    for i in order[1:]:
+        weight = loadings[i].item()
+        size = "" if abs(weight) > 0.95 else f"{abs(weight):.1f} "
+        text += f" {'+' if weight > 0 else '-'} {size}{name(i)}"
+    return tuple(name(i) for i in order), text
+
+
+def _fisher_finding(fisher: FisherStatistics, name: Callable[[int], str], thresholds: tuple[float, float]) -> Finding:
+    size = fisher.total - NUM_STANDARD_ERRORS * fisher.total_se
+    site = name(int((fisher.coordinates - NUM_STANDARD_ERRORS * fisher.coordinates_se).argmax()))
+    text = (
+        f"the scores of q and of the model differ by {fisher.total:.2g} (mean square, where q has sd 1), most in {site}"
+    )
+    return _finding("fisher", (site,), size, thresholds, text)
+
+
+def _mode_findings(modes: ModeSearch, name: Callable[[int], str], table: Thresholds) -> list[Finding]:
+    found = []
+    for mode in modes.lost:
+        sites, _ = _named(mode.displacement, name)
+        far = ", ".join(
+            f"{name(i)} by {mode.displacement[i]:+.1f} sds"
+            for i in mode.displacement.abs().argsort(descending=True)[: len(sites)].tolist()
+        )
+        text = f"another mode with about {mode.share:.0%} of the posterior's mass has no draws: from here, {far}"
+        found.append(_finding("modes", sites, mode.share, table.mode, text))
+    return found
+
+
+def _all_clear(errors: MomentErrors, modes: ModeSearch | None) -> str:
+    """What the evidence for a good fit comes to."""
+    mean, log2_sd = errors.mean.abs().max().item(), errors.log2_sd.abs().max().item()
+    searched = "" if modes is None else f"; {modes.num_starts} climbs found no mode without draws"
+    return f"means right to about {max(mean, 0.01):.2f} sds, sds to about {max(2.0**log2_sd - 1, 0.01):.0%}{searched}"

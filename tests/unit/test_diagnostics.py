@@ -1,0 +1,420 @@
+"""Each instrument against Gaussians, where what it estimates is a closed form; what it refuses; the verdict's words."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from pyro_sivism.diagnostics import (
+    FisherStatistics,
+    LostMode,
+    ModeSearch,
+    MomentErrors,
+    SteinStatistics,
+    Thresholds,
+    drift_statistics,
+    find_lost_modes,
+    fisher_statistics,
+    judge,
+    stein_statistics,
+)
+from pyro_sivism.diagnostics.moments import Frame, standard_error
+from pyro_sivism.errors import ArgumentError, NonFiniteError
+from tests.statistical.oracle import NUM_STANDARD_ERRORS, GaussianTarget, random_covariance
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+DIM = 4
+
+
+class Density:
+    """A target from a function of points (B, D) to log densities (B,)."""
+
+    def __init__(self, dim, log_density):
+        self.dim, self._log_density = dim, log_density
+
+    def log_density(self, x):
+        return self._log_density(x)
+
+    def score(self, x):
+        return self.log_density_and_score(x)[1]
+
+    def log_density_and_score(self, x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_(True)
+            log_density = self._log_density(x)
+            (score,) = torch.autograd.grad(log_density.sum(), x)
+        return log_density.detach(), score
+
+
+def two_modes(distance, weight=0.5, dim=2):
+    """Unit normals at plus and minus ``distance`` along the first coordinate."""
+
+    def log_density(x):
+        right, left = (-0.5 * (x[:, 0] - sign * distance).square() for sign in (1, -1))
+        rest = -0.5 * x[:, 1:].square().sum(-1)
+        return torch.logaddexp(right + math.log(weight), left + math.log(1 - weight)) + rest
+
+    return Density(dim, log_density)
+
+
+def gaussian_problem():
+    """A Gaussian p, and draws of a Gaussian q with another mean, other sds and other correlations."""
+    p = GaussianTarget(torch.randn(DIM), random_covariance(DIM))
+    loc, root = p.loc + 0.3 * torch.randn(DIM), torch.linalg.cholesky(random_covariance(DIM))
+    return p, loc, root
+
+
+# --- the frame ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_draws", [1000, 20 * DIM])
+def test_frame_whitens_the_draws_and_gives_back_standardized_coordinates(num_draws):
+    x = 3.0 + torch.randn(num_draws, DIM) @ random_covariance(DIM)
+    frame = Frame.of(x)
+    y = frame.affine.inverse(x)
+    torch.testing.assert_close(y.T.cov(correction=0), torch.eye(DIM))
+    torch.testing.assert_close(frame.along_coordinates(y), (x - x.mean(0)) / x.std(0, correction=0))
+    direction = torch.nn.functional.normalize(torch.randn(DIM), dim=0)
+    torch.testing.assert_close(frame.loadings(direction), frame.affine.linear(direction) / x.std(0, correction=0))
+
+
+def test_frame_of_few_draws_is_diagonal():
+    x = 3.0 + torch.randn(60, 8) @ random_covariance(8)
+    frame = Frame.of(x)
+    y = frame.affine.inverse(x)
+    assert frame.directions is None
+    torch.testing.assert_close(frame.along_coordinates(y), (x - x.mean(0)) / x.std(0, correction=0))
+
+
+def test_frame_of_collinear_draws_is_diagonal():
+    x = torch.randn(1000, 1).expand(1000, 2)
+    assert Frame.of(x).directions is None
+
+
+# --- Stein's identity ---------------------------------------------------------------------------------
+
+
+def test_control_variates_find_the_mean_of_a_gaussian_exactly():
+    """Whatever Gaussian q the draws are from: in q's own sample sds, as p's come from the estimate of log2_sd."""
+    p, loc, root = gaussian_problem()
+    x = loc + (torch.randn(1000, DIM) @ root.T).clamp(-4.0, 4.0)
+    errors = stein_statistics(x, p.score(x)).coordinates
+    want = (x.mean(0) - p.loc) / x.std(0, correction=0)
+    torch.testing.assert_close(errors.mean * 2.0**-errors.log2_sd, want, atol=1e-5, rtol=0.0)
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.7, 1.0, 1.4, 3.0])
+@pytest.mark.parametrize("shift", [0.0, 0.5])
+def test_stein_finds_mean_and_sd_of_one_coordinate_exactly(ratio, shift):
+    """For D = 1 and p Gaussian both moments are combinations of the control variates."""
+    x = shift + ratio * torch.randn(2000, 1)
+    x = x.clamp(shift - 4.0 * ratio, shift + 4.0 * ratio)  # no draw is beyond the cut-off of the second moment
+    errors = stein_statistics(x, -x).coordinates
+    mean, sd = x.mean(), x.var(correction=0).sqrt()
+    # to rounding and the ridge of 1e-9 on the control variates
+    assert errors.mean.item() == pytest.approx(mean.item(), abs=1e-5)
+    assert errors.log2_sd.item() == pytest.approx(math.log2(sd), abs=1e-5)
+
+
+def test_stein_statistics_do_not_depend_on_units():
+    p, loc, root = gaussian_problem()
+    x = loc + torch.randn(1000, DIM) @ root.T
+    units = torch.tensor([1e-4, 1.0, 30.0, 1e5])
+    a, b = stein_statistics(x, p.score(x)), stein_statistics(x * units, p.score(x) / units)
+    for one, other in ((a.coordinates, b.coordinates), (a.direction.errors, b.direction.errors)):
+        torch.testing.assert_close(one.mean, other.mean)
+        torch.testing.assert_close(one.log2_sd, other.log2_sd)
+
+
+def test_stein_finds_the_direction_of_a_wrong_correlation():
+    """Marginals are right; along (1, -1) the sd is too large by sqrt(1 / .1), along (1, 1) too small."""
+    p = GaussianTarget(torch.zeros(2), torch.tensor([[1.0, 0.9], [0.9, 1.0]]))
+    x = torch.randn(4096, 2)
+    found = stein_statistics(x, p.score(x))
+    loadings = found.direction.loadings
+    torch.testing.assert_close(loadings[0], -loadings[1], atol=0.1, rtol=0.0)
+    assert found.direction.errors.log2_sd.item() == pytest.approx(0.5 * math.log2(1 / 0.1), abs=0.2)
+
+
+def test_stein_of_more_dims_than_a_dense_frame_has_draws_for():
+    dim = 60
+    x = torch.randn(400, dim)
+    x[:, 7] *= 0.5
+    found = stein_statistics(x, -x)
+    assert found.direction is None
+    assert found.coordinates.log2_sd.argmin() == 7
+    assert found.coordinates.log2_sd[7].item() == pytest.approx(-1.0, abs=0.2)
+
+
+def test_shared_noise_is_counted_by_blocks():
+    """32 blocks of draws share a minibatch's noise: the standard error of the mean is that of 32 numbers."""
+    noise = torch.randn(32, 1).repeat_interleave(64, 0)
+    assert standard_error(noise, 32).item() == pytest.approx(noise[::64].std().item() / math.sqrt(32))
+    assert standard_error(noise).item() < 0.2 * standard_error(noise, 32).item()
+    x = torch.randn(2048, 1)
+    found = stein_statistics(x, -x + 0.5 * noise, num_blocks=32)
+    assert found.mean_score_se.item() > 0.5 / math.sqrt(32) / 1.5
+    assert abs(found.mean_score.item()) < NUM_STANDARD_ERRORS * found.mean_score_se.item()
+
+
+def test_rows_that_are_not_finite_are_left_out_and_counted():
+    x = torch.randn(1000, 2)
+    score = -x
+    score[3, 1], x[5, 0] = torch.nan, torch.inf
+    found = stein_statistics(x, score)
+    assert (found.num_draws, found.num_nonfinite) == (998, 2)
+    keep = [i for i in range(1000) if i not in (3, 5)]
+    torch.testing.assert_close(found.coordinates.mean, stein_statistics(x[keep], score[keep]).coordinates.mean)
+
+
+@pytest.mark.parametrize(
+    ("x", "score", "error", "match"),
+    [
+        (torch.zeros(100, 2), torch.zeros(100, 2), ArgumentError, r"coordinates \[0, 1\] do not"),
+        (torch.zeros(10, 2), torch.zeros(10, 2), ArgumentError, "at least 50 draws, got 10"),
+        (torch.zeros(100), torch.zeros(100), ArgumentError, r"draws \(N, D\)"),
+        (torch.zeros(100, 2), torch.zeros(90, 2), ArgumentError, r"\(90, 2\)"),
+        (torch.zeros(100, 2), torch.full((100, 2), torch.nan), NonFiniteError, "only 0 of 100"),
+    ],
+)
+def test_unusable_draws_are_refused(x, score, error, match):
+    with pytest.raises(error, match=match):
+        stein_statistics(x, score)
+
+
+# --- the Fisher divergence ----------------------------------------------------------------------------
+
+
+def gaussian_mixture_of_normals(num_draws, sigma=0.6):
+    """Draws of q = N(0, 1) as ``x = mu(z) + sigma eps``: q's score is -x, the conditional one is -eps / sigma."""
+    eps = torch.randn(num_draws, 2)
+    x = math.sqrt(1 - sigma**2) * torch.randn(num_draws, 2) + sigma * eps
+    return x, -eps / sigma
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 2.0])
+def test_fisher_divergence_of_gaussians_at_any_scale_of_the_critic(scale):
+    """q = N(0, I) and p = N(m, I): s_p - grad log q = m, and ``f = scale m`` is as good as f = m."""
+    x, conditional = gaussian_mixture_of_normals(4000)
+    m = torch.tensor([0.6, -0.3])
+    score = m - x
+    found = fisher_statistics(x, score, score - scale * m, conditional)
+    # in units of q's sample covariance, which the 4,000 draws know to 2%
+    assert abs(found.total - m.square().sum()) < NUM_STANDARD_ERRORS * found.total_se + 0.05 * found.total
+    assert (found.coordinates - m.square()).abs().max() < NUM_STANDARD_ERRORS * found.coordinates_se.max() + 0.02
+    assert found.total_se < 0.1
+
+
+def test_fisher_divergence_is_none_where_the_critic_is_q_score_and_q_is_p():
+    x, conditional = gaussian_mixture_of_normals(1000)
+    found = fisher_statistics(x, -x, -x, conditional)
+    assert found.total == 0.0
+
+
+def test_second_minibatch_takes_the_noise_out_of_the_divergence():
+    x, conditional = gaussian_mixture_of_normals(4000)
+    first, second = (-x + torch.randn(32, 2).repeat_interleave(125, 0) for _ in range(2))
+    noisy = fisher_statistics(x, first, -x, conditional, num_blocks=32)
+    clean = fisher_statistics(x, first, -x, conditional, second_score=second, num_blocks=32)
+    assert noisy.total > 1.0
+    assert clean.total < 2.0 * clean.total_se + 0.1
+
+
+# --- the chains ---------------------------------------------------------------------------------------
+
+
+def test_chains_find_the_moments_of_a_gaussian():
+    p, loc, root = gaussian_problem()
+    x = loc + torch.randn(4000, DIM) @ root.T
+    found = drift_statistics(p, x, num_trajectories=4)
+    sd, q_sd = p.covariance.diagonal().sqrt(), root.norm(dim=-1)
+    # What is not forgotten in four trajectories is extrapolated linearly, which is good to a tenth of the error.
+    mean, log2_sd = (loc - p.loc) / sd, (q_sd / sd).log2()
+    assert (
+        (found.coordinates.mean - mean).abs() < NUM_STANDARD_ERRORS * found.coordinates.mean_se + 0.1 * mean.abs()
+    ).all()
+    slack = NUM_STANDARD_ERRORS * found.coordinates.log2_sd_se + 0.1 * log2_sd.abs()
+    assert ((found.coordinates.log2_sd - log2_sd).abs() < slack).all()
+    assert found.acceptance > 0.6
+    assert log2_sd.abs().max() > 0.3
+
+
+def test_chains_stay_inside_a_bounded_support():
+    """p is uniform on the square |x| < 1: -inf outside; q has draws in the left half."""
+
+    class Square:
+        dim = 2
+
+        def log_density_and_score(self, x):
+            inside = (x.abs() < 1.0).all(-1)
+            return torch.where(inside, 0.0, -torch.inf), torch.where(inside[:, None], 0.0, torch.nan).expand_as(x)
+
+    x = 2.0 * torch.rand(2000, 2) - 1.0
+    x[:, 0] = -x[:, 0].abs()
+    errors = drift_statistics(Square(), x).coordinates
+    assert errors.sure_mean[0] < -0.1
+    assert errors.sure_mean[1] == 0.0
+
+
+def test_chains_count_their_evaluations():
+    p = GaussianTarget(torch.zeros(DIM), torch.eye(DIM))
+    found = drift_statistics(p, torch.randn(500, DIM))
+    assert found.num_evaluations == p.num_evaluations
+    assert found.num_draws == 500
+
+
+# --- modes --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight", [0.5, 0.9])
+def test_a_lost_mode_is_found_and_weighed(weight):
+    x = torch.randn(1000, 2) + torch.tensor([4.0, 0.0])
+    found = find_lost_modes(two_modes(4.0, weight), x)
+    (mode,) = found.lost
+    torch.testing.assert_close(mode.x, torch.tensor([-4.0, 0.0]), atol=0.02, rtol=0.0)
+    assert mode.share == pytest.approx(1 - weight, abs=0.01)
+    assert mode.displacement[0].item() == pytest.approx(-8.0, rel=0.1)
+    line = torch.stack([torch.linspace(-4.0, 4.0, 1001), torch.zeros(1001)], -1)
+    valley = two_modes(4.0, weight).log_density(line).min()
+    assert mode.dip == pytest.approx(math.log(min(weight, 1 - weight)) - valley.item(), abs=0.05)
+
+
+def test_modes_that_q_has_are_not_lost():
+    x = torch.randn(1000, 2)
+    x[:, 0] += torch.where(torch.rand(1000) < 0.5, 4.0, -4.0)
+    found = find_lost_modes(two_modes(4.0), x)
+    assert found.lost == ()
+    assert found.num_modes == 2
+
+
+def test_extra_starts_find_what_blown_up_draws_miss():
+    """A mode a thousand sds away, where no draw of q is blown up to."""
+    x = torch.randn(1000, 2) + torch.tensor([1000.0, 0.0])
+    target = two_modes(1000.0)
+    assert find_lost_modes(target, x).lost == ()
+    (mode,) = find_lost_modes(target, x, extra_starts=torch.tensor([[-999.0, 1.0]])).lost
+    assert mode.share == pytest.approx(0.5, abs=0.01)
+
+
+def student_t(x):
+    return -1.5 * (x.square() / 2.0).log1p().sum(-1)
+
+
+def funnel(x):
+    return -x[:, 0].square() / 8.0 - 0.5 * (x[:, 1:].square().sum(-1) * (-x[:, 0]).exp()) - x[:, 0]
+
+
+def banana(x):
+    return -0.5 * (x[:, 0].square() + (x[:, 1] - 2.0 * x[:, 0].square()).square())
+
+
+def plateau(x):
+    return -(1.0 + x.square().sum(-1)).log() * 3.0 + 0.1 * (-(x.square().sum(-1) - 400.0).square() / 1e4).exp()
+
+
+@pytest.mark.parametrize(("log_density", "dim"), [(student_t, 3), (funnel, 3), (banana, 2), (plateau, 2)])
+def test_tails_funnels_ridges_and_plateaus_are_no_modes(log_density, dim):
+    for seed in range(3):
+        torch.manual_seed(seed)
+        assert find_lost_modes(Density(dim, log_density), torch.randn(500, dim)).lost == ()
+
+
+# --- the verdict --------------------------------------------------------------------------------------
+
+
+def errors_of(mean=0.0, log2_sd=0.0, at=0, dim=3):
+    """Known errors of one coordinate, with standard errors of 0."""
+    zero = torch.zeros(dim)
+    ratio = 2.0 ** (-log2_sd)
+    first = torch.zeros(dim)
+    first[at] = -mean * ratio
+    second = torch.zeros(dim)
+    second[at] = ratio**2 - 1.0 + first[at] ** 2
+    return MomentErrors.from_changes(first, zero, second, zero)
+
+
+def statistics_of(**errors):
+    zero = torch.zeros(3)
+    return SteinStatistics(errors_of(**errors), None, zero, zero, num_draws=1000, num_nonfinite=0)
+
+
+def test_moment_errors_are_the_inverse_of_the_changes():
+    errors = errors_of(mean=0.4, log2_sd=-0.7, at=1)
+    torch.testing.assert_close(errors.mean, torch.tensor([0.0, 0.4, 0.0]))
+    torch.testing.assert_close(errors.log2_sd, torch.tensor([0.0, -0.7, 0.0]))
+    torch.testing.assert_close(errors.sure_log2_sd, errors.log2_sd)
+
+
+def test_sure_errors_leave_out_what_noise_would_do():
+    one = torch.ones(3)
+    errors = MomentErrors.from_changes(torch.tensor([0.1, -0.3, 0.3]), 0.1 * one, torch.zeros(3), 0.1 * one)
+    torch.testing.assert_close(errors.sure_mean, torch.tensor([0.0, 0.1, -0.1]))
+
+
+@pytest.mark.parametrize(
+    ("errors", "level", "sentence"),
+    [
+        ({}, "good", "means right to about 0.01 sds, sds to about 1%"),
+        ({"mean": 0.1}, "good", "means right to about 0.10 sds, sds to about 1%"),
+        ({"mean": 0.3}, "suspect", "mu: mean probably 0.3 sds too high"),
+        ({"mean": -0.8, "at": 1}, "bad", "tau: mean probably 0.8 sds too low"),
+        ({"mean": -8.0, "at": 1}, "bad", "tau: mean more than 3 sds too low"),
+        ({"log2_sd": math.log2(0.7), "at": 1}, "bad", "tau: sd probably 30% too small"),
+        ({"log2_sd": math.log2(1.2), "at": 2}, "suspect", "theta[0]: sd probably 20% too large"),
+        ({"log2_sd": -3.0, "at": 2}, "bad", "theta[0]: sd less than a third of what it should be"),
+        ({"log2_sd": 3.0, "at": 2}, "bad", "theta[0]: sd more than three times what it should be"),
+    ],
+)
+def test_verdict_says_what_is_wrong_and_where(errors, level, sentence):
+    verdict = judge(statistics_of(**errors), labels=["mu", "tau", "theta[0]"])
+    assert (verdict.level, verdict.sentence) == (level, sentence)
+    assert str(verdict) == f"{level}: {sentence}"
+    assert (verdict.worst is None) == (level == "good")
+
+
+def test_verdict_names_a_direction_where_no_coordinate_says_as_much():
+    p = GaussianTarget(torch.zeros(3), torch.tensor([[1.0, 0.9, 0.0], [0.9, 1.0, 0.0], [0.0, 0.0, 1.0]]))
+    x = torch.randn(4096, 3)
+    verdict = judge(stein_statistics(x, p.score(x)), labels="abc".__getitem__)
+    assert verdict.level == "bad"
+    assert set(verdict.worst.sites) == {"a", "b"}
+    assert " - " in verdict.sentence
+    assert "too large" in verdict.sentence or "more than three times" in verdict.sentence
+
+
+def test_verdict_takes_the_worst_of_all_instruments():
+    small = torch.zeros(3)
+    coordinates = torch.tensor([0.0, 20.0, 0.0])
+    fisher = FisherStatistics(20.0, 1.0, coordinates, small)
+    modes = ModeSearch((LostMode(small, torch.tensor([0.0, 0.0, -5.0]), 0.05, 9.0),), 2, 48, 1000)
+    stein = statistics_of(mean=0.2)
+    assert judge(stein).worst.instrument == "stein"
+    assert judge(stein, modes=modes).worst.instrument == "modes"
+    assert judge(stein, modes=modes).level == "suspect"
+    verdict = judge(stein, modes=modes, fisher=fisher)
+    assert (verdict.level, verdict.worst.instrument, verdict.worst.sites) == ("bad", "fisher", ("x[1]",))
+    assert [finding.instrument for finding in verdict.findings] == ["fisher", "modes", "stein"]
+    assert "x[2] by -5.0 sds" in verdict.findings[1].text
+
+
+def test_draws_without_a_density_are_a_finding():
+    zero = torch.zeros(3)
+    verdict = judge(SteinStatistics(errors_of(), None, zero, zero, num_draws=900, num_nonfinite=100))
+    assert verdict.level == "bad"
+    assert "not finite at 100 of 1000 draws" in verdict.sentence
+
+
+def test_thresholds_can_be_replaced():
+    stein = statistics_of(mean=0.3)
+    assert judge(stein, thresholds=Thresholds(moment=(0.4, 0.8))).level == "good"
+    assert judge(stein, thresholds=Thresholds(moment=(0.1, 0.2))).level == "bad"
+
+
+def test_verdict_as_plain_values():
+    values = judge(statistics_of(mean=0.3), drift=None).as_dict()
+    assert values["verdict"] == "suspect"
+    assert values["stein_mean_max"] == pytest.approx(0.3)
+    assert all(isinstance(value, (str, int, float)) for value in values.values())
