@@ -127,6 +127,12 @@ class DiagonalNormal(Conditional):
         init_scale: first conditional sd, below 1.
         min_scale, max_scale: the floor and the ceiling of the conditional sd. The floor bounds the
             conditional score, whose noise is what the critic has to average out.
+
+    Example:
+
+        >>> z = torch.randn(100, 3)
+        >>> DiagonalNormal(dim=2, mixing_dim=3)(z).log_prob(torch.zeros(2)).shape
+        torch.Size([100])
     """
 
     def __init__(
@@ -169,6 +175,12 @@ class LowRankNormal(Conditional):
 
     Args:
         rank: columns of F; the other arguments are those of :class:`DiagonalNormal`, with ``sigma`` constant.
+
+    Example:
+
+        >>> x, conditional_score = LowRankNormal(dim=5, mixing_dim=3, rank=2).rsample_with_score(torch.randn(100, 3))
+        >>> x.shape, conditional_score.shape
+        (torch.Size([100, 5]), torch.Size([100, 5]))
     """
 
     def __init__(

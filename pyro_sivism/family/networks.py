@@ -52,6 +52,12 @@ class ScoreNetwork(nn.Module):
         decay: weight of a new batch in the running moments.
         gaussian_base: if False, leave out the Gaussian's score: a network for a difference of scores,
             ``net(x') / sd``.
+
+    Example:
+
+        >>> score = ScoreNetwork(2, hidden_dims=(32,))
+        >>> score(torch.ones(1, 2)).tolist()
+        [[-1.0, -1.0]]
     """
 
     mean: Tensor

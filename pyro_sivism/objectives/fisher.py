@@ -37,6 +37,18 @@ class FisherDivergence(Objective):
         annealing_steps: temper the target's score by a factor that rises linearly from ``annealing_start`` to 1
             over so many guide steps; 0 for no annealing.
         annealing_start: the first factor, in (0, 1].
+
+    Raises:
+        ArgumentError: an annealing argument is out of range.
+
+    Example:
+
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro_sivism import SIVISM
+        >>> def model():
+        ...     pyro.sample("x", dist.Normal(0.0, 1.0))
+        >>> SIVISM(model, loss=FisherDivergence(annealing_steps=100)).run(3, progress_bar=False).num_steps
+        3
     """
 
     def __init__(self, *, target_residual: bool = True, annealing_steps: int = 0, annealing_start: float = 0.1) -> None:
