@@ -172,7 +172,7 @@ def to_inference_data(
 
 def _last_arguments(sivism: SIVISM) -> tuple[tuple, dict[str, Any]]:
     try:
-        return sivism.target.args, sivism.target.kwargs
+        return sivism.target.arguments
     except NotSetUpError:  # a fit read from a file has none; its model may need none
         return (), {}
 

@@ -7,46 +7,75 @@ For one point x the target is
 with discrete latents summed out, minibatches scaled, and the sites of ``mask``, ``factor`` and ``obs``
 counted as the model says; the score is its gradient in x.
 
-Users rarely write models for batches, so a batch is evaluated along one of three paths:
+Users rarely write models for batches, so a batch is evaluated along one of these paths:
 
+- ``captured``: one particle's log density, kept as a graph, under ``torch.func.vmap``, as a graph again: the model
+  does not run at all. ``captured_plate``: the same of a plate of particles.
 - ``vmap``: one particle's log density under ``torch.func.vmap``. The model is not asked for anything.
 - ``plate``: the model under an outermost plate of particles, as ``Trace_ELBO(vectorize_particles=True)``
   does. The model must use plates and negative dims throughout.
 - ``loop``: one particle after the other. Always right, and slow.
 
-The first path that runs *and* agrees with the loop in log density and score is taken;
-:attr:`Target.path` says which, and why the others were passed over.
+The first path that runs *and* agrees with the loop in log density and score (a captured one in the score's derivative
+too) is taken; :attr:`Target.path` says which, and why the others were passed over. A captured path is checked again
+against a run of the model at regular intervals, and given up with a warning where it no longer agrees.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import config_enumerate
+from pyro.distributions import Distribution
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
 from pyro_sivism.bijections import same_support
-from pyro_sivism.errors import ArgumentError, ModelError, NonDeterministicModelError, NonFiniteError
-from pyro_sivism.layout import LatentLayout, is_enumerable
+from pyro_sivism.errors import ArgumentError, ModelError, NonDeterministicModelError, TargetPathWarning
+from pyro_sivism.layout import LatentLayout
+from pyro_sivism.target.arguments import Arguments
+from pyro_sivism.target.capture import CapturedDensity
 from pyro_sivism.target.functorch import functorch_ready
-from pyro_sivism.target.handlers import Enumerate, LogJoint, SubstituteLatents, enumerated_log_joint
-from pyro_sivism.target.paths import TargetPath, agree, first_line, with_autograd
+from pyro_sivism.target.minibatches import MinibatchAverage
+from pyro_sivism.target.paths import Allocations, TargetPath, agree, first_line, with_autograd
+from pyro_sivism.target.runs import ModelRuns
+from pyro_sivism.warn import warn
 
-__all__ = ["Target", "TargetPath", "check_finite_start"]
-
-PARTICLE_PLATE = "_pyro_sivism_particles"
+__all__ = ["Target"]
 
 # What a distribution or a factorization raises at a bad point: ValueError from validation that the user switched on
 # for one distribution, LinAlgError (a RuntimeError), or torch.func refusing to word either of them.
 _PARTICLE_ERRORS = (RuntimeError, ValueError)
+
+PATHS = ("captured", "captured_plate", "vmap", "plate")
+_MAX_CAPTURES = 4  # of one signature, for different values of what a graph holds as constants
+_MAX_BINDINGS = 8
+_CHECK_EVERY = 100
+_MEMORY_BUDGET = 2**30  # bytes of intermediate results in one batch of scores
+
+
+@dataclass
+class _Binding:
+    """What the target knows about arguments of one signature."""
+
+    runs: ModelRuns
+    init: Tensor
+    probes: Tensor = field(init=False)
+    path: TargetPath = field(default_factory=lambda: TargetPath("loop", "not chosen yet"))
+    bytes_per_particle: int = 1
+    captures: dict[Any, CapturedDensity] = field(default_factory=dict)
+    num_captures: int = 0
+    num_replays: int = 0
+    last_agreement: int = 0
+    is_check_due: bool = False  # as arguments whose contents cannot be compared were passed again
 
 
 class Target:
@@ -73,7 +102,7 @@ class Target:
         >>> target.score(torch.tensor([[1.0], [2.0]])).flatten().tolist()
         [-1.0, -2.0]
         >>> target.path.name
-        'vmap'
+        'captured'
     """
 
     def __init__(
@@ -84,60 +113,80 @@ class Target:
         args: Sequence = (),
         kwargs: Mapping[str, Any] | None = None,
         *,
-        paths: Sequence[str] = ("vmap", "plate"),
+        paths: Sequence[str] = PATHS,
     ) -> None:
         self.model, self.layout = model, layout
         self._try_paths = tuple(paths)
-        self._sites = {site.name: site for site in layout.sites}
         self.num_evaluations = 0
+        self._bindings: OrderedDict[tuple, _Binding] = OrderedDict()
         self.bind(trace, args, kwargs)
+
+    # --- what it is bound to ------------------------------------------------------------------------
 
     @property
     def dim(self) -> int:
         return self.layout.dim
 
     @property
+    def arguments(self) -> tuple[tuple, dict[str, Any]]:
+        """The model's ``args`` and ``kwargs`` at the moment."""
+        arguments = self._binding.runs.arguments
+        return arguments.rebuild(arguments.tensors)
+
+    @property
     def path(self) -> TargetPath:
         """Which path computes the scores, and why."""
-        return self._path
+        return self._binding.path
 
     @property
     def is_subsampled(self) -> bool:
         """Whether the model draws random minibatches, so that the density is an unbiased estimate."""
-        return bool(self._subsamples)
+        return bool(self.subsamples)
 
-    def bind(self, trace: Trace, args: Sequence = (), kwargs: Mapping[str, Any] | None = None) -> None:
-        """Point the target at other arguments, whose prototype trace is ``trace``, and check it there."""
-        self.args, self.kwargs = tuple(args), dict(kwargs or {})
-        nodes = [msg for msg in trace.nodes.values() if msg["type"] == "sample"]
-        dims = [f.dim for msg in nodes for f in msg["cond_indep_stack"] if f.vectorized]
-        self._max_plate_nesting = -min(dims, default=0)
-        self._enumerates = any(
-            is_enumerable(msg) and not msg["is_observed"] and not site_is_subsample(msg) for msg in nodes
-        )
-        self._subsamples = {
-            msg["name"]: msg["fn"]
-            for msg in nodes
-            if site_is_subsample(msg) and msg["fn"].subsample_size is not None
-            if msg["fn"].subsample_size < msg["fn"].size
-        }
-        self._plate_sizes = {name: fn.size for name, fn in self._subsamples.items()}
-        self.resample_minibatch()
-        self._init = self.layout.init_from_trace(trace)
-        self._path = self._choose_path(self._init)
+    @property
+    def subsamples(self) -> dict[str, Distribution]:
+        """Plate name -> the distribution of the indices that its random minibatch has."""
+        return self._binding.runs.subsamples
 
-    def rebind(self, args: Sequence = (), kwargs: Mapping[str, Any] | None = None) -> None:
-        """Point the target at other arguments of the same shapes, checking only that no support moved with them."""
-        old = (*self.args, *self.kwargs.values())
-        self.args, self.kwargs = tuple(args), dict(kwargs or {})
-        new = (*self.args, *self.kwargs.values())
-        changed = len(old) != len(new) or any(a is not b for a, b in zip(old, new))
-        if changed and any(vars(site.support) for site in self.layout.sites):
-            self._check_supports(self._probes[:1])
+    @property
+    def minibatch(self) -> dict[str, Tensor]:
+        """Plate name -> the indices that all densities use until others are set or drawn."""
+        return self._binding.runs.minibatch
+
+    @minibatch.setter
+    def minibatch(self, indices: dict[str, Tensor]) -> None:
+        self._binding.runs.minibatch = indices
 
     def resample_minibatch(self) -> None:
         """Draw new indices for every random minibatch; all densities use them until the next call."""
-        self.minibatch = {name: fn.sample() for name, fn in self._subsamples.items()}
+        self._binding.runs.resample_minibatch()
+
+    def bind(self, trace: Trace, args: Sequence = (), kwargs: Mapping[str, Any] | None = None) -> None:
+        """Point the target at other arguments, whose prototype trace is ``trace``, and check it there."""
+        arguments = Arguments(args, kwargs)
+        runs = ModelRuns(self.model, self.layout, arguments, trace)
+        self._binding = _Binding(runs, self.layout.init_from_trace(trace))
+        self._binding.path = self._choose_path(self._try_paths)
+        self._bindings[arguments.signature] = self._binding
+        if len(self._bindings) > _MAX_BINDINGS:
+            self._bindings.popitem(last=False)
+
+    def rebind(self, args: Sequence = (), kwargs: Mapping[str, Any] | None = None) -> bool:
+        """Point the target at arguments of a signature that it has been bound to before; False if it has not.
+
+        Checked is only that no support moved with them.
+        """
+        arguments = Arguments(args, kwargs)
+        binding = self._bindings.get(arguments.signature)
+        if binding is None:
+            return False
+        self._bindings.move_to_end(arguments.signature)
+        changed = not arguments.same_objects(binding.runs.arguments)
+        self._binding, binding.runs.arguments = binding, arguments
+        binding.is_check_due = arguments.has_opaque
+        if changed and any(vars(site.support) for site in self.layout.sites):
+            self._check_supports(binding.probes[:1])
+        return True
 
     def over_minibatches(self, max_minibatches: int = 16) -> MinibatchAverage | Target:
         """The target averaged over several minibatches at a time: itself where there are none.
@@ -145,43 +194,43 @@ class Target:
         The minibatches are a random partition of the plates, so that every latent inside a subsampled plate has a
         proper density. Where no latent is inside one, at most ``max_minibatches`` of them are taken.
         """
-        if not self._subsamples:
+        if not self.subsamples:
             return self
-        count = max(-(-fn.size // fn.subsample_size) for fn in self._subsamples.values())
+        count = max(-(-fn.size // fn.subsample_size) for fn in self.subsamples.values())
         has_local_latents = any(site.subsampled_plates for site in self.layout.sites)
         return MinibatchAverage(self, count if has_local_latents else min(count, max_minibatches))
 
+    def params(self) -> dict[str, Tensor]:
+        """The unconstrained leaf tensors behind the model's ``pyro.param`` and module parameters, by name."""
+        return self._binding.runs.params(self._binding.init)
+
+    # --- densities and scores -----------------------------------------------------------------------
+
     def log_density(self, x: Tensor) -> Tensor:
         """``log p(x)``, shape (B,), at points (B, D); differentiable in x and in the model's params."""
-        return self._evaluate(x, with_score=False)[0]
+        log_density, _ = self._evaluate("log_density", x)
+        assert log_density is not None
+        return log_density
 
     def score(self, x: Tensor) -> Tensor:
         """``grad log p(x)``, shape (B, D); differentiable in x where x requires a gradient."""
-        return self.log_density_and_score(x)[1]
+        _, score = self._evaluate("score", x)
+        assert score is not None
+        return score
 
     def log_density_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``log p(x)`` (B,) and ``grad log p(x)`` (B, D) from one evaluation."""
-        log_density, score = self._evaluate(x, with_score=True)
+        log_density, score = self._evaluate("both", x)
+        assert log_density is not None
         assert score is not None
         return log_density, score
-
-    def params(self) -> dict[str, Tensor]:
-        """The unconstrained leaf tensors behind the model's ``pyro.param`` and module parameters, by name."""
-        with torch.no_grad(), poutine.block(), poutine.trace(param_only=True) as capture:
-            self._trace(self._init)  # the latents held, as a prior need not be one to draw from
-        leaves = {
-            name: (msg["value"].unconstrained() if hasattr(msg["value"], "unconstrained") else msg["value"])
-            for name, msg in capture.trace.nodes.items()
-            if msg["type"] == "param"
-        }
-        return {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
 
     def nonfinite_sites(self, x: Tensor) -> list[str]:
         """The sites whose log probability is NaN or infinite, or cannot be computed, at one point ``x (D,)``."""
         bad = []
         with torch.no_grad(), poutine.block(), pyro.validation_enabled(False):
             try:
-                trace = self._trace(x.to(self.layout.dtype))
+                trace = self._binding.runs.trace(x.to(self.layout.dtype))
             except _PARTICLE_ERRORS as error:
                 return [f"none, but the model itself: {first_line(error)}"]
             for name, msg in trace.nodes.items():
@@ -195,46 +244,55 @@ class Target:
                         bad.append(name)
         return bad
 
-    # --- evaluation ---------------------------------------------------------------------------------
-
-    def _evaluate(self, x: Tensor, with_score: bool) -> tuple[Tensor, Tensor | None]:
+    def _evaluate(self, what: str, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         if x.dim() != 2 or x.shape[0] == 0 or x.shape[1] != self.dim:
             raise ArgumentError(f"expected points of shape (B, {self.dim}) with B > 0, got {tuple(x.shape)}")
         self.num_evaluations += x.shape[0]
+        num_chunks = -(-len(x) * self._binding.bytes_per_particle // _MEMORY_BUDGET)
+        if num_chunks > 1:
+            parts = [self._evaluate_chunk(what, chunk) for chunk in x.chunk(min(num_chunks, len(x)))]
+            log_densities, scores = zip(*parts)
+            return _concatenate(log_densities), _concatenate(scores)
+        return self._evaluate_chunk(what, x)
+
+    def _evaluate_chunk(self, what: str, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         try:
-            return self._evaluate_along(self._path.name, x, with_score)
+            return self._evaluate_along(self.path.name, x, what)
         except ModelError:
             raise
         except _PARTICLE_ERRORS:
             # Some particle failed, e.g. its matrix was not positive definite: find which, and call it non-finite.
-            return self._evaluate_along("loop", x, with_score)
+            return self._evaluate_along("loop", x, what)
 
-    def _evaluate_along(self, path: str, x: Tensor, with_score: bool) -> tuple[Tensor, Tensor | None]:
+    def _evaluate_along(self, path: str, x: Tensor, what: str = "both") -> tuple[Tensor | None, Tensor | None]:
         dtype, x = x.dtype, x.to(self.layout.dtype)
-        differentiable = torch.is_grad_enabled() and x.requires_grad
-        evaluate = {"vmap": self._vmap, "plate": self._plate, "loop": self._loop}[path]
+        evaluate = {"vmap": self._vmap, "plate": self._plate, "loop": self._loop}.get(path)
         with pyro.validation_enabled(False), poutine.block(), ExitStack() as stack:
-            if with_score and not differentiable:
+            if what != "log_density" and not (torch.is_grad_enabled() and x.requires_grad):
                 stack.enter_context(torch.no_grad())
-            log_density, score = evaluate(x, with_score)
-        return log_density.to(dtype), None if score is None else score.to(dtype)
+            if evaluate is None:
+                log_density, score = self._replay(path, x, what)
+            else:
+                log_density, score = evaluate(x, what != "log_density")
+        return (None if log_density is None else log_density.to(dtype)), None if score is None else score.to(dtype)
 
     def _vmap(self, x: Tensor, with_score: bool) -> tuple[Tensor, Tensor | None]:
+        run_one = self._binding.runs.one
         with functorch_ready():
             if not with_score:
-                return vmap(self._run_one)(x), None
-            score, log_density = vmap(grad_and_value(self._run_one))(x)
+                return vmap(run_one)(x), None
+            score, log_density = vmap(grad_and_value(run_one))(x)
         return log_density, score
 
     def _plate(self, x: Tensor, with_score: bool) -> tuple[Tensor, Tensor | None]:
-        return with_autograd(self._run_in_plate, x, with_score)
+        return with_autograd(self._binding.runs.in_plate, x, with_score)
 
     def _loop(self, x: Tensor, with_score: bool) -> tuple[Tensor, Tensor | None]:
         """One particle after the other. One that fails is NaN; that all fail is the model's error."""
         log_densities, scores, errors = [], [], []
         for point in x:
             try:
-                log_density, score = with_autograd(self._run_one, point, with_score)
+                log_density, score = with_autograd(self._binding.runs.one, point, with_score)
             except ModelError:
                 raise
             except _PARTICLE_ERRORS as error:
@@ -246,77 +304,123 @@ class Target:
             raise errors[0]
         return torch.stack(log_densities), torch.stack(scores) if with_score else None  # type: ignore[arg-type]
 
-    def _run_one(self, x: Tensor) -> Tensor:
-        """``log p(x)`` of one point ``(D,)``, by one run of the model."""
-        if self._enumerates:
-            log_joint: Tensor | float = enumerated_log_joint(self._trace(x))
-        else:
-            handler = LogJoint(self._sites, self.layout.constrain(x), self.minibatch, self._plate_sizes)
-            with handler:
-                self.model(*self.args, **self.kwargs)
-            log_joint = handler.log_joint
-        return log_joint + self.layout.log_abs_det_jacobian(x)
+    # --- captured paths -----------------------------------------------------------------------------
 
-    def _run_in_plate(self, x: Tensor) -> Tensor:
-        """``log p(x)`` of B points, by one run of the model inside a plate of B particles."""
-        if self._enumerates:
-            raise NotImplementedError("enumerated sites and a plate of particles are not combined")
-        num_particles, nesting = x.shape[0], self._max_plate_nesting
-        aligned = x.reshape((num_particles,) + (1,) * nesting + (self.dim,))
-        values = {site.name: site.transform(u) for site, u in self.layout.split_aligned(aligned)}
-        handler = LogJoint(self._sites, values, self.minibatch, self._plate_sizes, particle_dim=-1 - nesting)
-        with handler, pyro.plate(PARTICLE_PLATE, num_particles, dim=-1 - nesting):
-            self.model(*self.args, **self.kwargs)
-        return handler.log_joint + self.layout.log_abs_det_jacobian(x)
+    def _replay(self, path: str, x: Tensor, what: str) -> tuple[Tensor | None, Tensor | None]:
+        """Evaluate by the captured graphs, and check them against the model now and then."""
+        binding = self._binding
+        captured = self._capture(path)
+        if captured is None:
+            return self._evaluate_along(self.path.name, x, what)
+        num_graphs = captured.num_graphs
+        log_density, score = captured.evaluate(what, x, binding.runs.inputs)
+        binding.num_replays += 1
+        is_due = binding.num_replays % _CHECK_EVERY == 0 or captured.num_graphs > num_graphs or binding.is_check_due
+        binding.is_check_due = False
+        if is_due and self.path.name == path:
+            fault = self._find_fault(x, log_density, score)
+            if fault is not None:
+                self._leave_captured(path, f"no longer agreed with a run of the model: {fault}")
+                warn(
+                    f"a graph captured from the model no longer agrees with the model: {fault}. Scores of the last "
+                    f"{binding.num_replays - binding.last_agreement} evaluations may be wrong. Probably the model "
+                    "reads something that has changed since, such as a global; make it an argument of the model. From "
+                    f"now on scores are computed along '{self.path.name}', which runs the model each time.",
+                    TargetPathWarning,
+                )
+                return self._evaluate_along(self.path.name, x, what)
+            binding.last_agreement = binding.num_replays
+        return log_density, score
 
-    def _trace(self, x: Tensor) -> Trace:
-        """One run of the model at one point ``(D,)``, discrete latents enumerated."""
-        model, capture = self.model, poutine.trace()
-        substitute = SubstituteLatents(self._sites, self.layout.constrain(x), self.minibatch, self._plate_sizes)
-        with capture, substitute, ExitStack() as stack:
-            if self._enumerates:
-                stack.enter_context(Enumerate(first_available_dim=-1 - self._max_plate_nesting))
-                model = config_enumerate(model, default="parallel")
-            model(*self.args, **self.kwargs)
-        return capture.trace
+    def _capture(self, path: str) -> CapturedDensity | None:
+        """The graphs for the arguments at hand, recorded if need be; None after too many recordings."""
+        binding = self._binding
+        key = path, binding.runs.arguments.frozen
+        captured = binding.captures.get(key)
+        if captured is None or captured.is_stale:
+            if binding.num_captures >= _MAX_CAPTURES + len(PATHS):
+                self._leave_captured(path, "numbers or arrays that the graph holds keep changing")
+                return None
+            binding.num_captures += 1
+            captured = CapturedDensity(binding.runs, binding.init, in_plate=path == "captured_plate")
+            binding.captures[key] = captured
+        return captured
+
+    def _leave_captured(self, path: str, reason: str) -> None:
+        rest = [name for name in self._try_paths if not name.startswith("captured")]
+        chosen = self._choose_path(rest)
+        self._binding.path = TargetPath(chosen.name, f"{path}: {reason}; {chosen.reason}")
+        self._binding.captures.clear()
+
+    def _find_fault(self, x: Tensor, log_density: Tensor | None, score: Tensor | None) -> str | None:
+        """What is wrong with the values found at one point of a batch, in words; None if nothing.
+
+        Where the density is ill-conditioned two right ways to compute it differ; the difference that a nudge of the
+        point by a few roundings makes is allowed on top.
+        """
+        row = self._binding.num_replays % len(x)
+        point = x[row].detach()
+        differentiable = score is not None and score.requires_grad
+        try:
+            want = _values_at(self._binding.runs.one, point, differentiable)
+            nudged = _values_at(self._binding.runs.one, point * (1 + 8 * torch.finfo(x.dtype).eps), differentiable)
+        except ModelError:
+            raise
+        except _PARTICLE_ERRORS:
+            return None
+        got = {"log density": log_density, "score": score}
+        if score is not None and score.requires_grad:
+            along = score[row] @ _direction(point)
+            (got["score's derivative"],) = torch.autograd.grad(along, x, retain_graph=True, materialize_grads=True)
+        for name, values in got.items():
+            slack = 10 * (nudged[name] - want[name]).abs() if values is not None else 0.0
+            if values is not None and not agree(values[row].detach(), want[name], slack):
+                return f"the {name} at one draw is {_number(values[row])}, the model's {_number(want[name])}"
+        return None
 
     # --- choosing the path --------------------------------------------------------------------------
 
-    def _choose_path(self, init: Tensor) -> TargetPath:
-        """The first path that runs and agrees with the loop at points near ``init`` and further away.
+    def _choose_path(self, names: Sequence[str]) -> TargetPath:
+        """The first path that runs and agrees with the loop at points near the initial one and further away.
 
         The far points are there for models such as ``if (theta > 0).all()``, which are right under a plate only
         while all particles are on one side.
         """
+        binding = self._binding
+        init = binding.init
         steps = torch.tensor([-1.0, -0.1, 0.1, 1.0], dtype=init.dtype, device=init.device)
-        wobble = torch.cos(torch.arange(self.dim, dtype=init.dtype, device=init.device))
-        points = self._probes = init + steps[:, None] * wobble
+        points = binding.probes = init + steps[:, None] * _direction(init)
         self._check_supports(points[[0, -1]])
         log_density, score = self._reference(points)
         finite = log_density.isfinite() & score.isfinite().all(-1)
         if finite.any():
             points, log_density, score = points[finite], log_density[finite], score[finite]
+        binding.bytes_per_particle = self._measure_memory(points[0])
         reasons = []
-        for name in self._try_paths:
+        for name in names:
             try:
-                got = self._evaluate_along(name, points, with_score=True)
+                got = self._evaluate_along(name, points)
+                derivative_agrees = not name.startswith("captured") or self._derivative_agrees(name, points[:1])
             except Exception as error:  # any failure of the user's model under a batch means "not this path"
                 reasons.append(f"{name}: {first_line(error)}")
                 continue
-            if agree(got[0], log_density) and agree(got[1], score):
+            if agree(got[0], log_density) and agree(got[1], score) and derivative_agrees:
                 return TargetPath(name, "; ".join([*reasons, "agrees with the loop in log density and score"]))
-            reasons.append(f"{name}: disagrees with the loop")
+            what = "disagrees with the loop"
+            reasons.append(f"{name}: {what}" if derivative_agrees else f"{name}: {what} in the score's derivative")
         return TargetPath("loop", "; ".join(reasons) or "no other path allowed")
 
     def _reference(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Log densities and scores by the loop, run again to see whether they are always the same."""
         random_state = _random_state(points.device)
-        log_density, score = self._evaluate_along("loop", points, with_score=True)
+        log_density, score = self._evaluate_along("loop", points)
+        assert log_density is not None
         assert score is not None
         # A model that drew random numbers may give the same value twice by chance, e.g. from a hidden Bernoulli.
         drew = not torch.equal(random_state, _random_state(points.device))
         for _ in range(16 if drew else 1):
-            again, _ = self._evaluate_along("loop", points, with_score=False)
+            again, _ = self._evaluate_along("loop", points, "log_density")
+            assert again is not None
             if not agree(again, log_density):
                 raise NonDeterministicModelError(
                     "the model's log density differed between two runs at the same latents and minibatch: "
@@ -326,12 +430,35 @@ class Target:
                 )
         return log_density, score
 
+    def _derivative_agrees(self, path: str, points: Tensor) -> bool:
+        """Whether the score's derivative along one direction is the loop's, where the loop has one."""
+        found = []
+        for name in ("loop", path):
+            x = points.detach().requires_grad_()
+            try:
+                with torch.enable_grad():
+                    _, score = self._evaluate_along(name, x)
+                    assert score is not None
+                    (product,) = torch.autograd.grad((score * _direction(points[0])).sum(), x, materialize_grads=True)
+            except _PARTICLE_ERRORS:
+                if name == "loop":
+                    return True
+                raise
+            found.append(product)
+        return agree(found[1], found[0])
+
+    def _measure_memory(self, point: Tensor) -> int:
+        """Bytes of what one particle's score computes on the way."""
+        with Allocations() as allocations, pyro.validation_enabled(False), poutine.block():
+            with_autograd(self._binding.runs.one, point, True)
+        return max(1, allocations.num_bytes)
+
     def _check_supports(self, points: Tensor) -> None:
         """Refuse a support that moves with the latents or the data: the layout's fixed transform would be wrong."""
         for point in points:
             with torch.no_grad(), poutine.block(), pyro.validation_enabled(False):
                 try:
-                    trace = self._trace(point)
+                    trace = self._binding.runs.trace(point)
                 except ModelError:
                     raise
                 except _PARTICLE_ERRORS:  # a far point may be infeasible; the loop tells if all are
@@ -345,65 +472,33 @@ class Target:
                     )
 
 
-class MinibatchAverage:
-    """A subsampled target, averaged over the parts of a random partition of its plates.
-
-    Each part is scaled to the full data, so that the average is unbiased; its parts together visit every row.
-    """
-
-    def __init__(self, target: Target, num_minibatches: int) -> None:
-        self._target, self._num_minibatches = target, num_minibatches
-        self.resample_minibatch()
-
-    @property
-    def dim(self) -> int:
-        return self._target.dim
-
-    def resample_minibatch(self) -> None:
-        """Draw another partition."""
-        parts: list[dict[str, Tensor]] = [{} for _ in range(self._num_minibatches)]
-        for name, fn in self._target._subsamples.items():
-            order = torch.randperm(fn.size, device=fn.device)
-            for i, part in enumerate(parts):
-                rows = torch.arange(i * fn.subsample_size, (i + 1) * fn.subsample_size, device=fn.device)
-                part[name] = order[rows % fn.size]
-        self._parts = parts
-
-    def log_density(self, x: Tensor) -> Tensor:
-        return self.log_density_and_score(x)[0]
-
-    def score(self, x: Tensor) -> Tensor:
-        return self.log_density_and_score(x)[1]
-
-    def log_density_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        minibatch = self._target.minibatch
-        log_density, score = x.new_zeros(len(x)), torch.zeros_like(x)
-        for part in self._parts:
-            self._target.minibatch = part
-            part_log_density, part_score = self._target.log_density_and_score(x)
-            log_density, score = log_density + part_log_density, score + part_score
-        self._target.minibatch = minibatch
-        return log_density / len(self._parts), score / len(self._parts)
+def _direction(point: Tensor) -> Tensor:
+    """A fixed direction without zeros, of the shape of a point (D,)."""
+    return torch.cos(torch.arange(len(point), dtype=point.dtype, device=point.device))
 
 
-def check_finite_start(target: Target, starts: Tensor) -> Tensor:
-    """The rows of ``starts (S, D)`` with finite log density and score.
+def _values_at(log_density: Callable[[Tensor], Tensor], point: Tensor, differentiable: bool) -> dict[str, Tensor]:
+    """The log density of one point, its score, and the score's derivative along :func:`_direction`."""
+    with torch.enable_grad():
+        x = point.clone().requires_grad_(differentiable)
+        with torch.set_grad_enabled(differentiable):
+            value, score = with_autograd(log_density, x, True)
+        assert score is not None
+        found = {"log density": value.detach(), "score": score.detach()}
+        if differentiable:
+            (product,) = torch.autograd.grad(score @ _direction(point), x, materialize_grads=True)
+            found["score's derivative"] = product
+    return found
 
-    Raises:
-        NonFiniteError: there is none; the message names the sites that are non-finite at the first.
-    """
-    log_density, score = target.log_density_and_score(starts)
-    finite = log_density.isfinite() & score.isfinite().all(-1)
-    if not finite.any():
-        sites = target.nonfinite_sites(starts[0])
-        where = f"site(s) {', '.join(sites)}" if sites else "the score (the log densities are finite)"
-        raise NonFiniteError(
-            f"the log density or score is not finite at any of {len(starts)} starting points; at the first, the "
-            f"cause is {where}. Check the data for NaN (under a mask too: its gradient is still NaN, so use "
-            "torch.nan_to_num) and the observed values against their supports, or give a feasible start: "
-            "SemiImplicitGuide(model, init_loc_fn=pyro.infer.autoguide.init_to_value(values=...))."
-        )
-    return starts[finite]
+
+def _concatenate(parts: Sequence[Tensor | None]) -> Tensor | None:
+    tensors = [part for part in parts if part is not None]
+    return torch.cat(tensors) if tensors else None
+
+
+def _number(value: Tensor) -> str:
+    """A scalar, or the norm of a vector, for a message."""
+    return f"{value.item():.6g}" if value.dim() == 0 else f"of norm {value.norm().item():.6g}"
 
 
 def _random_state(device: torch.device) -> Tensor:

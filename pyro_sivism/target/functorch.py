@@ -2,7 +2,9 @@
 
 Pyro's enumeration and HMMs take logs by a ``torch.autograd.Function`` written before functorch: it has no
 ``setup_context``, so ``vmap`` refuses it. :func:`functorch_ready` swaps in the same function in the new
-style for the time of one evaluation. Outside it Pyro is as it was.
+style for the time of one evaluation. Outside it Pyro is as it was. So it does with the validation of values, which
+a distribution made while validation was on goes on with, and which asks a batched or recorded tensor whether it is
+right.
 """
 
 from __future__ import annotations
@@ -10,10 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import pyro.ops.special
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 __all__ = ["functorch_ready"]
 
@@ -39,10 +43,9 @@ class _SafeLog(torch.autograd.Function):
 
 @contextmanager
 def functorch_ready() -> Iterator[None]:
-    """Let ``torch.func`` transforms pass through Pyro's ``safe_log`` inside this context."""
-    original = pyro.ops.special._SafeLog
-    pyro.ops.special._SafeLog = _SafeLog
-    try:
+    """Let ``torch.func`` transforms pass through Pyro's ``safe_log`` and past validation inside this context."""
+    with (
+        patch.object(pyro.ops.special, "_SafeLog", _SafeLog),
+        patch.object(Distribution, "_validate_sample", lambda distribution, value: None),
+    ):
         yield
-    finally:
-        pyro.ops.special._SafeLog = original

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from pyro_sivism.errors import LayoutChangedError, ModelError
 from pyro_sivism.sites import LatentSite
+from pyro_sivism.target.graph import is_recording
 
 __all__ = [
     "Enumerate",
@@ -274,7 +275,8 @@ def _packed_scale(msg: dict) -> Tensor | float:
 
 def _same_scale(a: Tensor | float, b: Tensor | float) -> bool:
     a, b = torch.as_tensor(a), torch.as_tensor(b)
-    return _packed_dims(a) == _packed_dims(b) and bool((a == b).all())
+    # While a graph is recorded the values cannot be compared; they were when the model was run before.
+    return _packed_dims(a) == _packed_dims(b) and (is_recording() or bool((a == b).all()))
 
 
 def _packed_dims(tensor: Tensor) -> str:

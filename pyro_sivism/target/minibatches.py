@@ -1,4 +1,4 @@
-"""Minibatches that cover the full data, and full-size values put together from them.
+"""Minibatches: random ones, those that cover the full data, and what is put together from them.
 
 A plate that subsamples N elements down to B runs ceil(N / B) times with fixed indices that cover all N; the last
 run overlaps where B does not divide N. Several such plates are covered by every combination of theirs.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pyro.poutine import Trace
@@ -17,7 +17,10 @@ from torch import Tensor
 
 from pyro_sivism.sites import Site
 
-__all__ = ["Indices", "MinibatchCover"]
+if TYPE_CHECKING:
+    from pyro_sivism.target.density import Target
+
+__all__ = ["Indices", "MinibatchAverage", "MinibatchCover", "draw_indices"]
 
 Indices = Mapping[str, Tensor]
 
@@ -82,3 +85,61 @@ class MinibatchCover:
         if key not in result:
             result[key] = value.new_zeros(shape)
         result[key][torch.meshgrid(*index, indexing="ij")] = value
+
+
+def draw_indices(size: int, count: int, device: torch.device | None = None) -> Tensor:
+    """``count`` different indices below ``size``, every ordered choice equally likely, at a cost that grows with
+    ``count`` and not with ``size``.
+
+    Uniform draws with their repetitions left out are such a choice; where ``count`` is not small against ``size``, a
+    permutation is cheaper.
+    """
+    if 4 * count < size:
+        draws = torch.randint(size, (count + count // 2 + 16,), device=device)
+        values, inverse = draws.unique(return_inverse=True)
+        if len(values) >= count:
+            position = torch.arange(len(draws), device=device)
+            first = torch.full_like(values, len(draws)).scatter_reduce(0, inverse, position, "amin")
+            return values[first.argsort()[:count]]
+    return torch.randperm(size, device=device)[:count]
+
+
+class MinibatchAverage:
+    """A subsampled target, averaged over the parts of a random partition of its plates.
+
+    Each part is scaled to the full data, so that the average is unbiased; its parts together visit every row.
+    """
+
+    def __init__(self, target: Target, num_minibatches: int) -> None:
+        self._target, self._num_minibatches = target, num_minibatches
+        self.resample_minibatch()
+
+    @property
+    def dim(self) -> int:
+        return self._target.dim
+
+    def resample_minibatch(self) -> None:
+        """Draw another partition."""
+        self._parts: list[dict[str, Tensor]] = [{} for _ in range(self._num_minibatches)]
+        for name, fn in self._target.subsamples.items():
+            count = self._num_minibatches * fn.subsample_size
+            order = draw_indices(fn.size, min(count, fn.size), fn.device)
+            for i, part in enumerate(self._parts):
+                rows = torch.arange(i * fn.subsample_size, (i + 1) * fn.subsample_size, device=fn.device)
+                part[name] = order[rows % len(order)]
+
+    def log_density(self, x: Tensor) -> Tensor:
+        return self.log_density_and_score(x)[0]
+
+    def score(self, x: Tensor) -> Tensor:
+        return self.log_density_and_score(x)[1]
+
+    def log_density_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        minibatch = self._target.minibatch
+        log_density, score = x.new_zeros(len(x)), torch.zeros_like(x)
+        for part in self._parts:
+            self._target.minibatch = part
+            part_log_density, part_score = self._target.log_density_and_score(x)
+            log_density, score = log_density + part_log_density, score + part_score
+        self._target.minibatch = minibatch
+        return log_density / len(self._parts), score / len(self._parts)

@@ -7,13 +7,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-__all__ = ["TargetPath", "agree", "first_line", "with_autograd"]
+__all__ = ["Allocations", "TargetPath", "agree", "first_line", "with_autograd"]
 
 
 @dataclass(frozen=True)
 class TargetPath:
-    """How a batch of scores is computed: ``name`` is vmap, plate or loop; ``reason`` says why."""
+    """How a batch of scores is computed: ``name`` is captured, captured_plate, vmap, plate or loop; ``reason``
+    says why."""
 
     name: str
     reason: str
@@ -36,8 +39,9 @@ def with_autograd(fn: Callable[[Tensor], Tensor], x: Tensor, with_score: bool) -
     return (log_density, score) if differentiable else (log_density.detach(), score)
 
 
-def agree(got: Tensor | None, want: Tensor | None) -> bool:
-    """Equal up to the rounding of sums taken in another order; NaN equals NaN, and integers are exact."""
+def agree(got: Tensor | None, want: Tensor | None, slack: Tensor | float = 0.0) -> bool:
+    """Equal up to the rounding of sums taken in another order, and ``slack`` on top; NaN equals NaN, and integers are
+    exact."""
     assert got is not None
     assert want is not None
     if got.shape != want.shape or got.dtype != want.dtype:
@@ -46,10 +50,25 @@ def agree(got: Tensor | None, want: Tensor | None) -> bool:
         return torch.equal(got, want)
     scale = want[want.isfinite()].abs().max().item() if want.isfinite().any() else 0.0
     tolerance = 50 * torch.finfo(want.dtype).eps ** 0.75
-    return torch.allclose(got, want, rtol=tolerance, atol=tolerance * (1.0 + scale), equal_nan=True)
+    allowed = tolerance * (1.0 + scale + want.abs().nan_to_num(posinf=0.0)) + slack
+    return bool(((got - want).abs() <= allowed).logical_or(got == want).logical_or(got.isnan() & want.isnan()).all())
 
 
 def first_line(error: Exception) -> str:
     """An error in one line, for a reason that a user reads."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:160]}"
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the bytes of every tensor made inside this context: what a run needs if nothing is freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.num_bytes += sum(t.numel() * t.element_size() for t in tree_leaves(result) if isinstance(t, Tensor))
+        return result

@@ -18,7 +18,8 @@ from pyro_sivism.errors import (
     UnsupportedSiteError,
 )
 from pyro_sivism.layout import LatentLayout
-from pyro_sivism.target.density import Target, check_finite_start
+from pyro_sivism.target.density import Target
+from pyro_sivism.target.starts import check_finite_start
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -212,12 +213,12 @@ def test_points_of_a_wrong_shape_are_refused(shape):
 def test_an_error_of_the_model_s_own_is_shown_as_it_is():
     def model(y):
         a = pyro.sample("a", dist.Normal(0.0, 1.0))
-        if y.dim() > 0:
+        if y > 5:
             raise ValueError("my own complaint")
         observe(a)
 
     target = make_target(model, torch.tensor(1.0))
-    target.rebind((torch.ones(1),))
+    assert target.rebind((torch.tensor(10.0),))
     with pytest.raises(ValueError, match="my own complaint"):
         target.score(torch.zeros(2, 1))
 
@@ -269,7 +270,7 @@ def validated():
 @pytest.mark.parametrize("with_grad", [False, True])
 def test_a_particle_that_fails_is_nan_and_the_others_right(model, with_grad):
     target = make_target(model, init=init_to_value(values={"a": torch.tensor(2.0)}))
-    assert target.path.name == "vmap"
+    assert target.path.name == ("captured" if model is covariance else "vmap")
     x = torch.tensor([[1.0], [-1.0], [2.0]], requires_grad=with_grad)
     log_density, score = target.log_density_and_score(x)
     good = x[[0, 2]].detach()

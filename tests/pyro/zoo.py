@@ -21,7 +21,8 @@ from pyro.nn import PyroModule, PyroSample
 
 __all__ = ["ZOO", "Animal"]
 
-BOTH, ONLY_VMAP, ONLY_PLATE, ONLY_LOOP = ("vmap", "plate"), ("vmap",), ("plate",), ()
+BOTH = ("captured", "captured_plate", "vmap", "plate")
+ONLY_VMAP, ONLY_PLATE, ONLY_LOOP = ("captured", "vmap"), ("captured_plate", "plate"), ()
 
 
 @dataclass(frozen=True)
