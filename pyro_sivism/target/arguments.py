@@ -32,7 +32,7 @@ class Arguments:
         self.tensors = [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
         self.signature = (str(self._structure), *(_kind(leaf) for leaf in self._leaves))
         self.frozen = tuple(_content(leaf) for leaf in self._leaves if isinstance(leaf, float | np.ndarray))
-        known = Tensor | np.ndarray | float | int | str | type(None) | torch.dtype | torch.device
+        known = (Tensor, np.ndarray, float, int, str, type(None), torch.dtype, torch.device)
         self.has_opaque = not all(isinstance(leaf, known) for leaf in self._leaves)
 
     def rebuild(self, tensors: Sequence[Tensor]) -> tuple[tuple, dict[str, Any]]:
