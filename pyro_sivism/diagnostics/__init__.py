@@ -2,7 +2,7 @@
 
 from pyro_sivism.diagnostics.drift import DriftStatistics, drift_statistics
 from pyro_sivism.diagnostics.fisher import FisherStatistics, fisher_statistics
-from pyro_sivism.diagnostics.modes import LostMode, ModeSearch, find_lost_modes
+from pyro_sivism.diagnostics.modes import Mode, ModeSearch, find_modes
 from pyro_sivism.diagnostics.moments import MomentErrors
 from pyro_sivism.diagnostics.stein import SteinStatistics, WorstDirection, stein_statistics
 from pyro_sivism.diagnostics.verdict import Finding, Thresholds, Verdict, judge
@@ -11,7 +11,7 @@ __all__ = [
     "DriftStatistics",
     "Finding",
     "FisherStatistics",
-    "LostMode",
+    "Mode",
     "ModeSearch",
     "MomentErrors",
     "SteinStatistics",
@@ -19,7 +19,7 @@ __all__ = [
     "Verdict",
     "WorstDirection",
     "drift_statistics",
-    "find_lost_modes",
+    "find_modes",
     "fisher_statistics",
     "judge",
     "stein_statistics",

@@ -1,52 +1,64 @@
-"""Modes of p that q has no draws in: scores at q's draws cannot know of them, so they have to be looked for.
+"""Modes of p that q has no draws in, or too few: scores at q's draws cannot know of them.
 
-Quasi-Newton paths climb log p from draws of q ("home") and from draws blown up around q's mean ("far"). Where a far
-path ends is a lost mode if all of this holds, in the frame where q has covariance I:
+Quasi-Newton paths climb log p from draws of q ("home") and from draws blown up around q's mean ("far"). The end of a
+far path is a separate mode if, in the frame where q has covariance I,
 
-1. it is a maximum: log p has negative curvature all around, ``-H`` with inverse ``C`` positive definite;
-2. no path from a draw of q has ended there, and q has far fewer draws within C of it than its share of the mass;
+1. it is a maximum: log p has negative curvature all around, ``-H`` with inverse ``C`` positive definite, and has
+   converged;
+2. no path from a draw of q has ended there;
 3. a valley separates it: on the line to the nearest home end log p falls by ``min_dip`` nats below the lower of the
-   two. A plateau, a ridge or a heavy tail has none;
-4. its mass matters: by Laplace's method ``log mass = log p + log |C| / 2``, which is compared with that of home.
+   two. A plateau, a ridge or a heavy tail has none.
+
+Its mass is that of Laplace's method, ``log p + log |C| / 2``, improved by importance sampling where that can be done:
+draws from a Student t of the mode's shape, each weighed by p, those nearer to another mode left out. A separate mode is
+*lost* if its share matters and q has hardly any draws there. If q has draws in all of them, their numbers can still be
+wrong: neither scores nor local moves of the draws see the weights of modes.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributions import Chi2
 
 from pyro_sivism.diagnostics.moments import Frame, finite_rows
 from pyro_sivism.family import TargetDensity, WhitenedTarget
 from pyro_sivism.family.quasi_newton import quasi_newton_paths
 
-__all__ = ["LostMode", "ModeSearch", "find_lost_modes"]
+__all__ = ["Mode", "ModeSearch", "find_modes"]
 
 _MAX_DENSE_DIM = 512  # beyond it curvatures are those along the coordinates alone
+_MAX_CANDIDATES = 8  # ends whose curvature is measured, the highest ones
 _DIFFERENCE = 0.03  # half the width of central differences of scores, in sds of q or of the mode
 _CURVATURE_PASSES = 3
 _MAX_DECREMENT = 0.1  # squared Newton step, in sds of the mode per dimension, of what has converged
 _SAME_DISTANCE = 3.0  # two ends nearer than this, in sds of the mode per sqrt(D), are one
 _LINE_POINTS = 33
+_MAX_LOST_FRACTION = 0.1  # a mode is lost if q has less than this part of the draws it should have there
+_PROPOSAL_DRAWS, _PROPOSAL_DF, _MIN_EFFECTIVE = 1000, 5.0, 100.0
 
 
 @dataclass(frozen=True)
-class LostMode:
-    """A mode that q has no draws in.
+class Mode:
+    """A separate mode of p.
 
     Attributes:
-        x: where it is, (D,).
+        x: where its maximum is, (D,).
         displacement: from q's mean, in q's sds of each coordinate, (D,).
-        share: its mass over the sum of its and home's, by Laplace's method: right to a factor of a few.
-        dip: how far log p falls on the straight line to it, in nats.
+        share: of the mass of all modes found.
+        draw_share: of q's draws, each counted for the mode it is nearest to.
+        is_lost: whether it matters and q has hardly any draws in it.
     """
 
     x: Tensor
     displacement: Tensor
     share: float
-    dip: float
+    draw_share: float
+    is_lost: bool
 
 
 @dataclass(frozen=True)
@@ -54,31 +66,36 @@ class ModeSearch:
     """What the search found.
 
     Attributes:
-        lost: the lost modes, largest share first.
-        num_modes: distinct maxima found, home's included.
+        modes: the separate modes, largest share first; empty where no path came to a maximum.
+        weight_error: half the sum of ``|share - draw_share|``; NaN where importance sampling could not tell the shares
+            well enough, which are then Laplace's, right to a factor of a few.
         num_starts: paths climbed.
         num_evaluations: log densities and scores of single points computed.
     """
 
-    lost: tuple[LostMode, ...]
-    num_modes: int
+    modes: tuple[Mode, ...]
+    weight_error: float
     num_starts: int
     num_evaluations: int
 
+    @property
+    def lost(self) -> tuple[Mode, ...]:
+        return tuple(mode for mode in self.modes if mode.is_lost)
 
-def find_lost_modes(
+
+def find_modes(
     target: TargetDensity,
     x: Tensor,
     *,
     extra_starts: Tensor | None = None,
     blow_up: float = 6.0,
-    num_home: int = 16,
-    num_far: int = 32,
-    max_steps: int = 100,
+    num_home: int = 8,
+    num_far: int = 24,
+    max_steps: int = 40,
     min_share: float = 0.01,
     min_dip: float = 2.0,
 ) -> ModeSearch:
-    """Look for modes of ``target`` in which q, seen through its draws ``x (N, D)``, has no mass.
+    """Look for modes of ``target`` and compare their masses with where q's draws ``x (N, D)`` are.
 
     Args:
         target: the log density and score that x lives in.
@@ -87,7 +104,8 @@ def find_lost_modes(
         blow_up: how far out the far starts are, in q's sds.
         num_home, num_far: how many paths of each kind.
         max_steps: quasi-Newton steps per path.
-        min_share, min_dip: what counts as a mode, see above.
+        min_share: the least share of the mass that matters.
+        min_dip: how deep a valley separates modes, in nats.
 
     Raises:
         ArgumentError: fewer than 50 draws, or a coordinate does not vary.
@@ -100,8 +118,8 @@ def find_lost_modes(
         ...         log_density = -0.5 * (x.abs() - 4.0).square().sum(-1)
         ...         return log_density, x.sign() * (4.0 - x.abs())
         >>> _ = torch.manual_seed(0)
-        >>> mode, = find_lost_modes(TwoModes(), 4.0 + torch.randn(1000, 1)).lost
-        >>> round(mode.x.item(), 2), round(mode.share, 2)
+        >>> mode, = find_modes(TwoModes(), 4.0 + torch.randn(1000, 1)).lost
+        >>> round(mode.x.item(), 2), round(mode.share, 1)
         (-4.0, 0.5)
     """
     x = x[finite_rows(x)].double()
@@ -114,25 +132,40 @@ def find_lost_modes(
     home_ends, home_values = _climb(counter, y[:num_home], max_steps)
     far_ends, far_values = _climb(counter, far, max_steps)
 
-    home = _distinct_maxima(counter, home_ends, home_values)
-    candidates = _distinct_maxima(counter, far_ends, far_values)
-    new = [mode for mode in candidates if not any(mode.holds(end) for end in home_ends)]
-    # Without a maximum at home (an unbounded density, say), q itself stands for it: E_q[log p] plus its entropy.
-    home_mass = max((mode.log_mass for mode in home), default=-math.inf)
-    if not home:
-        log_density, _ = counter(y[: min(len(y), 1000)])
-        home_mass = log_density[log_density.isfinite()].mean().item() + 0.5 * counter.dim
-    lost = []
-    for mode in new:
-        share = 1.0 / (1.0 + math.exp(min(700.0, home_mass - mode.log_mass)))
-        if share < min_share or mode.fraction_within(y) > 0.1 * share:
-            continue
-        dip = _dip(counter, mode, home_ends, home_values)
-        if dip >= min_dip:
-            displacement = frame.along_coordinates(mode.y[None])[0]
-            lost.append(LostMode(frame.affine.forward(mode.y), displacement, share, dip))
-    lost.sort(key=lambda mode: -mode.share)
-    return ModeSearch(tuple(lost), len(home) + len(new), len(home_ends) + len(far_ends), counter.num_evaluations)
+    peaks = _separate(counter, _distinct_maxima(counter, home_ends, home_values), min_dip)
+    new = []
+    for peak in _distinct_maxima(counter, far_ends, far_values):
+        at_home = any(peak.holds(end) for end in home_ends)
+        if not at_home and _dip_from_nearest(counter, peak, home_ends, home_values) >= min_dip:
+            new.append(peak)
+    # With no maximum at home (an unbounded density, say) q itself stands for it: E_q[log p] and a Gaussian's entropy.
+    other_mass = -math.inf
+    if not peaks:
+        log_density, _ = counter(y[:1000])
+        other_mass = log_density[log_density.isfinite()].mean().item() + 0.5 * counter.dim
+    peaks = _separate(counter, peaks + new, min_dip)
+
+    log_masses, reliable = _log_masses(counter, peaks)
+    shares = torch.cat([log_masses, log_masses.new_tensor([other_mass])]).softmax(0)[:-1]
+    nearest = _nearest(peaks, y)
+    draw_shares = torch.stack([(nearest == k).double().mean() for k in range(len(peaks))]) if peaks else shares
+    modes = [
+        Mode(
+            x=frame.affine.forward(peak.y),
+            displacement=frame.along_coordinates(peak.y[None])[0],
+            share=share,
+            draw_share=draw_share,
+            is_lost=share >= min_share and peak.fraction_within(y) < _MAX_LOST_FRACTION * share,
+        )
+        for peak, share, draw_share in zip(peaks, shares.tolist(), draw_shares.tolist())
+    ]
+    modes.sort(key=lambda mode: -mode.share)
+    return ModeSearch(
+        modes=tuple(modes),
+        weight_error=0.5 * (shares - draw_shares).abs().sum().item() if reliable else math.nan,
+        num_starts=len(home_ends) + len(far_ends),
+        num_evaluations=counter.num_evaluations,
+    )
 
 
 class _Counter:
@@ -153,12 +186,17 @@ class _Counter:
 
 @dataclass(frozen=True)
 class _Maximum:
-    """A maximum of log p at ``y (D,)``: curvatures ``-H`` (D, D), or (D,) if diagonal, and its Laplace mass."""
+    """A maximum of log p at ``y (D,)``: curvatures ``-H`` (D, D), or (D,) if diagonal, and their log determinant."""
 
     y: Tensor
     log_density: float
     precision: Tensor
-    log_mass: float
+    log_det: float  # of the precision
+
+    @property
+    def log_mass(self) -> float:
+        """By Laplace's method, in units of ``(2 pi)^(D/2)``."""
+        return self.log_density - 0.5 * self.log_det
 
     def square_distance(self, points: Tensor) -> Tensor:
         """From points (N, D), in the metric of the mode, (N,)."""
@@ -192,11 +230,15 @@ def _climb(target: _Counter, starts: Tensor, max_steps: int) -> tuple[Tensor, Te
 
 
 def _distinct_maxima(target: _Counter, ends: Tensor, values: Tensor) -> list[_Maximum]:
-    """The maxima among the ends of paths, highest first, each once."""
+    """The maxima among the highest ends of paths, highest first, each once."""
     found: list[_Maximum] = []
+    num_tried = 0
     for i in values.argsort(descending=True).tolist():
+        if num_tried == _MAX_CANDIDATES:
+            break
         if any(mode.holds(ends[i]) for mode in found):
             continue
+        num_tried += 1
         mode = _maximum(target, ends[i], values[i].item())
         if mode is not None:
             found.append(mode)
@@ -222,7 +264,7 @@ def _maximum(target: _Counter, y: Tensor, log_density: float) -> _Maximum | None
     newton = score[0] / precision if precision.dim() == 1 else torch.linalg.solve(precision, score[0])
     if not bool((newton * score[0]).sum() < _MAX_DECREMENT * len(y)):
         return None
-    return _Maximum(y, log_density, precision, log_density - 0.5 * log_det)
+    return _Maximum(y, log_density, precision, log_det)
 
 
 def _curvature(target: _Counter, y: Tensor, step: Tensor) -> Tensor:
@@ -244,10 +286,68 @@ def _log_det(precision: Tensor) -> float | None:
     return None if int(info) > 0 else 2.0 * root.diagonal().log().sum().item()
 
 
-def _dip(target: _Counter, mode: _Maximum, home_ends: Tensor, home_values: Tensor) -> float:
-    """How far log p falls below the lower end of the line from the nearest home end to the mode."""
-    nearest = int((home_ends - mode.y).norm(dim=-1).argmin())
-    fraction = torch.linspace(0.0, 1.0, _LINE_POINTS, dtype=mode.y.dtype, device=mode.y.device)[:, None]
-    log_density, _ = target(home_ends[nearest].lerp(mode.y, fraction))
-    lowest = log_density.nan_to_num(nan=-math.inf).min().item()
-    return min(mode.log_density, home_values[nearest].item()) - lowest
+def _dip(target: _Counter, a: Tensor, b: Tensor, lower: float) -> float:
+    """How far log p falls below ``lower`` on the line between two points (D,)."""
+    fraction = torch.linspace(0.0, 1.0, _LINE_POINTS, dtype=a.dtype, device=a.device)[:, None]
+    log_density, _ = target(a.lerp(b, fraction))
+    return lower - log_density.nan_to_num(nan=-math.inf).min().item()
+
+
+def _dip_from_nearest(target: _Counter, peak: _Maximum, ends: Tensor, values: Tensor) -> float:
+    """On the line from the nearest of the ends (S, D), where log p has the given values, to a maximum."""
+    i = int((ends - peak.y).norm(dim=-1).argmin())
+    return _dip(target, ends[i], peak.y, min(peak.log_density, values[i].item()))
+
+
+def _separate(target: _Counter, peaks: Sequence[_Maximum], min_dip: float) -> list[_Maximum]:
+    """The maxima, by descending mass, between all of which there are valleys."""
+    kept: list[_Maximum] = []
+    for peak in sorted(peaks, key=lambda peak: -peak.log_mass):
+        lines = (_dip(target, other.y, peak.y, min(peak.log_density, other.log_density)) for other in kept)
+        if all(dip >= min_dip for dip in lines):
+            kept.append(peak)
+    return kept
+
+
+def _nearest(peaks: Sequence[_Maximum], points: Tensor) -> Tensor:
+    """For each point (N, D), the maximum whose Gaussian approximation of log p is highest there, (N,)."""
+    if not peaks:
+        return torch.full((len(points),), -1)
+    return torch.stack([peak.log_density - 0.5 * peak.square_distance(points) for peak in peaks]).argmax(0)
+
+
+def _log_masses(target: _Counter, peaks: Sequence[_Maximum]) -> tuple[Tensor, bool]:
+    """The log mass of each mode in units of ``(2 pi)^(D/2)``, and whether they can be relied on.
+
+    By importance sampling if its effective sample size is enough at every mode, by Laplace's method otherwise. A single
+    mode needs no mass.
+    """
+    laplace = torch.tensor([peak.log_mass for peak in peaks], dtype=torch.double)
+    if len(peaks) < 2:
+        return laplace, True
+    masses = []
+    for k, peak in enumerate(peaks):
+        points, log_proposal = _student_t(peak)
+        log_density, _ = target(points)
+        log_weights = (log_density - log_proposal).nan_to_num(nan=-math.inf)
+        log_weights = torch.where(_nearest(peaks, points) == k, log_weights, -math.inf)
+        effective = (2.0 * log_weights.logsumexp(0) - (2.0 * log_weights).logsumexp(0)).exp()
+        if not effective >= _MIN_EFFECTIVE:
+            return laplace, False
+        masses.append(log_weights.logsumexp(0) - math.log(len(points)))
+    return torch.stack(masses) - 0.5 * target.dim * math.log(2.0 * math.pi), True
+
+
+def _student_t(peak: _Maximum) -> tuple[Tensor, Tensor]:
+    """Draws (N, D) from a multivariate Student t of the mode's shape, and its log density there, (N,)."""
+    dim, df = len(peak.y), _PROPOSAL_DF
+    noise = torch.randn(_PROPOSAL_DRAWS, dim, dtype=peak.y.dtype, device=peak.y.device)
+    if peak.precision.dim() == 1:
+        steps = noise * peak.precision.rsqrt()
+    else:
+        steps = torch.linalg.solve_triangular(torch.linalg.cholesky(peak.precision).mT, noise.T, upper=True).T
+    spread = (Chi2(noise.new_tensor(df)).sample((_PROPOSAL_DRAWS, 1)) / df).rsqrt()
+    log_constant = math.lgamma(0.5 * (df + dim)) - math.lgamma(0.5 * df) - 0.5 * dim * math.log(df * math.pi)
+    square_distance = (noise * spread).square().sum(-1)
+    log_proposal = log_constant + 0.5 * peak.log_det - 0.5 * (df + dim) * (square_distance / df).log1p()
+    return peak.y + steps * spread, log_proposal

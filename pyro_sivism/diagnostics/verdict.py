@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_sivism.diagnostics.drift import DriftStatistics
 from pyro_sivism.diagnostics.fisher import FisherStatistics
-from pyro_sivism.diagnostics.modes import ModeSearch
+from pyro_sivism.diagnostics.modes import Mode, ModeSearch
 from pyro_sivism.diagnostics.moments import NUM_STANDARD_ERRORS, MomentErrors
 from pyro_sivism.diagnostics.stein import SteinStatistics, WorstDirection
 
@@ -40,7 +40,7 @@ class Thresholds:
     moment: tuple[float, float] = (0.17, 0.5)
     fisher: tuple[float, float] = (1.0, 10.0)
     mode: tuple[float, float] = (0.01, 0.1)
-    weight: tuple[float, float] = (0.1, 0.3)
+    weight: tuple[float, float] = (0.08, 0.25)
     nonfinite: tuple[float, float] = (0.002, 0.05)
 
 
@@ -104,7 +104,7 @@ class Verdict:
         if self.fisher is not None:
             values["fisher_divergence"], values["fisher_divergence_se"] = self.fisher.total, self.fisher.total_se
         if self.modes is not None:
-            values["num_modes"], values["num_lost_modes"] = self.modes.num_modes, len(self.modes.lost)
+            values["num_modes"], values["num_lost_modes"] = len(self.modes.modes), len(self.modes.lost)
         return values
 
 
@@ -244,18 +244,27 @@ def _fisher_finding(fisher: FisherStatistics, name: Callable[[int], str], thresh
 def _mode_findings(modes: ModeSearch, name: Callable[[int], str], table: Thresholds) -> list[Finding]:
     found = []
     for mode in modes.lost:
-        sites, _ = _named(mode.displacement, name)
-        far = ", ".join(
-            f"{name(i)} by {mode.displacement[i]:+.1f} sds"
-            for i in mode.displacement.abs().argsort(descending=True)[: len(sites)].tolist()
-        )
-        text = f"another mode with about {mode.share:.0%} of the posterior's mass has no draws: from here, {far}"
+        sites, where = _where(mode, name)
+        text = f"another mode with about {mode.share:.0%} of the posterior's mass has no draws: {where}"
         found.append(_finding("modes", sites, mode.share, table.mode, text))
+    if len(modes.modes) > 1 and modes.weight_error > 0:
+        mode = max(modes.modes, key=lambda mode: abs(mode.share - mode.draw_share))
+        sites, where = _where(mode, name)
+        text = f"{mode.draw_share:.0%} of the draws are in a mode with about {mode.share:.0%} of the mass: {where}"
+        found.append(_finding("modes", sites, modes.weight_error, table.weight, text))
     return found
+
+
+def _where(mode: Mode, name: Callable[[int], str]) -> tuple[tuple[str, ...], str]:
+    """The coordinates in which a mode is furthest from q's mean, and how far, in words."""
+    order = mode.displacement.abs().argsort(descending=True)[:_NUM_NAMED].tolist()
+    order = [i for i in order if abs(mode.displacement[i]) >= _MIN_LOADING * abs(mode.displacement[order[0]])]
+    steps = ", ".join(f"{name(i)} by {mode.displacement[i]:+.1f} sds" for i in order)
+    return tuple(name(i) for i in order), f"{steps} from the draws' mean"
 
 
 def _all_clear(errors: MomentErrors, modes: ModeSearch | None) -> str:
     """What the evidence for a good fit comes to."""
     mean, log2_sd = errors.mean.abs().max().item(), errors.log2_sd.abs().max().item()
-    searched = "" if modes is None else f"; {modes.num_starts} climbs found no mode without draws"
+    searched = "" if modes is None else f"; {modes.num_starts} climbs found no lost mode"
     return f"means right to about {max(mean, 0.01):.2f} sds, sds to about {max(2.0**log2_sd - 1, 0.01):.0%}{searched}"

@@ -9,13 +9,13 @@ import torch
 
 from pyro_sivism.diagnostics import (
     FisherStatistics,
-    LostMode,
+    Mode,
     ModeSearch,
     MomentErrors,
     SteinStatistics,
     Thresholds,
     drift_statistics,
-    find_lost_modes,
+    find_modes,
     fisher_statistics,
     judge,
     stein_statistics,
@@ -272,30 +272,42 @@ def test_chains_count_their_evaluations():
 @pytest.mark.parametrize("weight", [0.5, 0.9])
 def test_a_lost_mode_is_found_and_weighed(weight):
     x = torch.randn(1000, 2) + torch.tensor([4.0, 0.0])
-    found = find_lost_modes(two_modes(4.0, weight), x)
+    found = find_modes(two_modes(4.0, weight), x)
     (mode,) = found.lost
     torch.testing.assert_close(mode.x, torch.tensor([-4.0, 0.0]), atol=0.02, rtol=0.0)
     assert mode.share == pytest.approx(1 - weight, abs=0.01)
     assert mode.displacement[0].item() == pytest.approx(-8.0, rel=0.1)
-    line = torch.stack([torch.linspace(-4.0, 4.0, 1001), torch.zeros(1001)], -1)
-    valley = two_modes(4.0, weight).log_density(line).min()
-    assert mode.dip == pytest.approx(math.log(min(weight, 1 - weight)) - valley.item(), abs=0.05)
+    assert mode.draw_share == 0.0
 
 
 def test_modes_that_q_has_are_not_lost():
     x = torch.randn(1000, 2)
     x[:, 0] += torch.where(torch.rand(1000) < 0.5, 4.0, -4.0)
-    found = find_lost_modes(two_modes(4.0), x)
+    found = find_modes(two_modes(4.0), x)
     assert found.lost == ()
-    assert found.num_modes == 2
+    assert [mode.x[0].sign().item() for mode in found.modes] in ([1, -1], [-1, 1])
+    # 1,000 draws and twice 1,000 proposals: 5 standard errors of about .02
+    assert found.weight_error < 0.1
+
+
+@pytest.mark.parametrize(("draw_weight", "level"), [(0.5, "good"), (0.7, "suspect"), (0.9, "bad")])
+def test_wrong_weights_of_modes_are_a_finding(draw_weight, level):
+    x = torch.randn(2000, 2)
+    x[:, 0] += torch.where(torch.rand(2000) < draw_weight, 4.0, -4.0)
+    target = two_modes(4.0)
+    found = find_modes(target, x)
+    assert found.weight_error == pytest.approx(draw_weight - 0.5, abs=0.06)
+    verdict = judge(stein_statistics(x, target.score(x)), drift=drift_statistics(target, x), modes=found)
+    assert verdict.level == level
+    assert level == "good" or "x[0] by " in verdict.sentence
 
 
 def test_extra_starts_find_what_blown_up_draws_miss():
     """A mode a thousand sds away, where no draw of q is blown up to."""
     x = torch.randn(1000, 2) + torch.tensor([1000.0, 0.0])
     target = two_modes(1000.0)
-    assert find_lost_modes(target, x).lost == ()
-    (mode,) = find_lost_modes(target, x, extra_starts=torch.tensor([[-999.0, 1.0]])).lost
+    assert find_modes(target, x).lost == ()
+    (mode,) = find_modes(target, x, extra_starts=torch.tensor([[-999.0, 1.0]])).lost
     assert mode.share == pytest.approx(0.5, abs=0.01)
 
 
@@ -319,7 +331,7 @@ def plateau(x):
 def test_tails_funnels_ridges_and_plateaus_are_no_modes(log_density, dim):
     for seed in range(3):
         torch.manual_seed(seed)
-        assert find_lost_modes(Density(dim, log_density), torch.randn(500, dim)).lost == ()
+        assert find_modes(Density(dim, log_density), torch.randn(500, dim)).lost == ()
 
 
 # --- the verdict --------------------------------------------------------------------------------------
@@ -389,7 +401,7 @@ def test_verdict_takes_the_worst_of_all_instruments():
     small = torch.zeros(3)
     coordinates = torch.tensor([0.0, 20.0, 0.0])
     fisher = FisherStatistics(20.0, 1.0, coordinates, small)
-    modes = ModeSearch((LostMode(small, torch.tensor([0.0, 0.0, -5.0]), 0.05, 9.0),), 2, 48, 1000)
+    modes = ModeSearch((Mode(small, torch.tensor([0.0, 0.0, -5.0]), 0.05, 0.0, True),), 0.05, 48, 1000)
     stein = statistics_of(mean=0.2)
     assert judge(stein).worst.instrument == "stein"
     assert judge(stein, modes=modes).worst.instrument == "modes"
