@@ -23,13 +23,12 @@ from pyro_sivism.sites import (
     LatentSite,
     check_support,
     is_continuous_latent,
-    is_enumerable,
     log_abs_det_jacobian,
     plates_around,
     to_full_size,
 )
 
-__all__ = ["LatentLayout", "is_enumerable"]
+__all__ = ["LatentLayout"]
 
 
 @dataclass(frozen=True)

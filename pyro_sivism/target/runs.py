@@ -13,7 +13,8 @@ from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_sivism.layout import LatentLayout, is_enumerable
+from pyro_sivism.layout import LatentLayout
+from pyro_sivism.sites import is_enumerable
 from pyro_sivism.target.arguments import Arguments
 from pyro_sivism.target.handlers import Enumerate, LogJoint, SubstituteLatents, enumerated_log_joint
 from pyro_sivism.target.minibatches import draw_indices
