@@ -82,7 +82,7 @@ class _AdamStepper(Stepper):
         groups = [{"params": rest, "lr": lr, "base_lr": lr}]
         if slow:
             groups.append({"params": slow, "lr": lr * slow_factor, "base_lr": lr * slow_factor})
-        self._optimizer = torch.optim.Adam(groups, lr=lr, betas=betas, foreach=True)
+        self._optimizer = torch.optim.Adam(groups, lr=lr, betas=betas, fused=True)
 
     def _step(self, lr_factor: float) -> None:
         for group in self._optimizer.param_groups:
@@ -217,12 +217,14 @@ def clip_gradients(gradients: Sequence[Tensor | None], max_norm: float, whose: s
             f"the loss of the {whose} depends on none of the {whose}'s parameters; expected a gradient for some. "
             "Check a custom critic, conditional or objective for a detach or no_grad."
         )
-    norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in present]  # float32 squares overflow at 1e19
+    norms = [norm.double() for norm in torch._foreach_norm(present)]
     norm = torch.linalg.vector_norm(torch.stack(norms))
     if not bool(norm.isfinite()):
         raise NonFiniteError(
             f"the {whose}'s gradient is not finite; the {whose} was left as it is. Lower the learning rate, or check "
             "the model for overflow far from the posterior (float64 data often cures it)."
         )
-    scale = (max_norm / norm.clamp(min=1e-12)).clamp(max=1.0)
-    return [None if g is None else g * scale.to(g.dtype) for g in gradients]
+    if norm <= max_norm:
+        return list(gradients)
+    scale = max_norm / norm.item()
+    return [None if g is None else g * scale for g in gradients]

@@ -210,8 +210,7 @@ class Training:
     def _average_weights(self) -> None:
         """Average the live weights into the reported ones: over few steps at first, about 100 later."""
         decay = min(self.recipe.averaging_decay, (1.0 + self.num_steps) / (10.0 + self.num_steps))
-        for averaged, live in zip(self.averaged.parameters(), self.family.parameters()):
-            averaged.lerp_(live, 1.0 - decay)
+        torch._foreach_lerp_(list(self.averaged.parameters()), list(self.family.parameters()), 1.0 - decay)
         for averaged_buffer, live_buffer in zip(self.averaged.buffers(), self.family.buffers()):
             averaged_buffer.copy_(live_buffer)
 
