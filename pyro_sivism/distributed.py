@@ -237,11 +237,12 @@ class Ranks:
                 work.wait(timedelta(seconds=timeout))
         except RuntimeError as error:
             lost = self._lost_ranks()
-            who = f"lost rank(s) {', '.join(map(str, lost))}" if lost else "got no answer from another rank"
-            self._failure = f"rank {self.rank} of {self.size} {who} ({str(error).splitlines()[0]})"
-            hint = "See that process's output for the cause."
-            if not lost:
+            if lost:
+                what, hint = f"lost rank(s) {', '.join(map(str, lost))}", "See that process's output for the cause."
+            else:
+                what = f"got no answer from another rank ({(str(error).splitlines() or [''])[0]})"
                 hint = f"If it was only busy for {self.timeout:g} s, set Ranks.find().timeout higher on all ranks."
+            self._failure = f"rank {self.rank} of {self.size} {what}"
             raise DistributedError(f"{self._failure}; the fit cannot go on. {hint}") from error
 
     def _lost_ranks(self) -> list[int]:
@@ -250,9 +251,7 @@ class Ranks:
         for other in range(self.size):
             if other != self.rank:
                 try:
-                    dist.isend(
-                        torch.zeros(1), dist.get_global_rank(self._host_group, other), self._host_group, _PROBE_TAG
-                    )
+                    dist.isend(torch.zeros(1), other, self._host_group, _PROBE_TAG)
                 except RuntimeError:
                     lost.append(other)
         return lost
