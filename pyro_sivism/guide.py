@@ -58,6 +58,9 @@ class SemiImplicitGuide(AutoContinuous):
         create_plates: as in ``pyro.infer.autoguide.AutoGuide``.
         num_mixing: mixing draws behind one evaluation of the guide's density by ``Trace_ELBO``.
 
+    Raises:
+        ArgumentError: an argument is of the wrong kind or out of range.
+
     Example:
 
         >>> import pyro, pyro.distributions as dist

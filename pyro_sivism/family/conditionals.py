@@ -128,6 +128,9 @@ class DiagonalNormal(Conditional):
         min_scale, max_scale: the floor and the ceiling of the conditional sd. The floor bounds the
             conditional score, whose noise is what the critic has to average out.
 
+    Raises:
+        ArgumentError: a size below 1, or scales other than 0 <= min < init < max with init < 1.
+
     Example:
 
         >>> z = torch.randn(100, 3)
