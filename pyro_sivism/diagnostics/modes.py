@@ -28,10 +28,12 @@ from torch.distributions import Chi2
 from pyro_sivism.diagnostics.moments import Frame, finite_rows
 from pyro_sivism.family import TargetDensity, WhitenedTarget
 from pyro_sivism.family.quasi_newton import quasi_newton_paths
+from pyro_sivism.family.scored_target import ScoredTarget
 
 __all__ = ["Mode", "ModeSearch", "find_modes"]
 
 _MAX_DENSE_DIM = 512  # beyond it curvatures are those along the coordinates alone
+_MORE_STEPS = 4  # as many times the steps are spent on the paths from q's draws if none comes to a maximum
 _MAX_CANDIDATES = 8  # ends whose curvature is measured, the highest ones
 _DIFFERENCE = 0.03  # half the width of central differences of scores, in sds of q or of the mode
 _CURVATURE_PASSES = 3
@@ -66,7 +68,8 @@ class ModeSearch:
     """What the search found.
 
     Attributes:
-        modes: the separate modes, largest share first; empty where no path came to a maximum.
+        modes: the separate modes, largest share first; empty where no path from q's draws came to a maximum, so that
+            there is nothing to compare others with: an unbounded density, or a very long ridge.
         weight_error: half the sum of ``|share - draw_share|``; NaN where importance sampling could not tell the shares
             well enough, which are then Laplace's, right to a factor of a few.
         num_starts: paths climbed.
@@ -124,31 +127,31 @@ def find_modes(
     """
     x = x[finite_rows(x)].double()
     frame = Frame.of(x)
-    counter = _Counter(WhitenedTarget(target, frame.affine))
     y = frame.affine.inverse(x)
+    counter = ScoredTarget(WhitenedTarget(target, frame.affine))
+    counter.measure_eps(y[:1])
     far = blow_up * y[num_home : num_home + num_far]
     if extra_starts is not None:
         far = torch.cat([far, frame.affine.inverse(extra_starts.double())])
     home_ends, home_values = _climb(counter, y[:num_home], max_steps)
-    far_ends, far_values = _climb(counter, far, max_steps)
+    peaks = _distinct_maxima(counter, home_ends, home_values)
+    if not peaks:
+        home_ends, home_values = _climb(counter, home_ends, _MORE_STEPS * max_steps)
+        peaks = _distinct_maxima(counter, home_ends, home_values)
+    if not peaks:
+        return ModeSearch((), math.nan, len(home_ends), counter.num_evaluations)
 
-    peaks = _separate(counter, _distinct_maxima(counter, home_ends, home_values), min_dip)
+    far_ends, far_values = _climb(counter, far, max_steps)
     new = []
     for peak in _distinct_maxima(counter, far_ends, far_values):
         at_home = any(peak.holds(end) for end in home_ends)
         if not at_home and _dip_from_nearest(counter, peak, home_ends, home_values) >= min_dip:
             new.append(peak)
-    # With no maximum at home (an unbounded density, say) q itself stands for it: E_q[log p] and a Gaussian's entropy.
-    other_mass = -math.inf
-    if not peaks:
-        log_density, _ = counter(y[:1000])
-        other_mass = log_density[log_density.isfinite()].mean().item() + 0.5 * counter.dim
     peaks = _separate(counter, peaks + new, min_dip)
 
     log_masses, reliable = _log_masses(counter, peaks)
-    shares = torch.cat([log_masses, log_masses.new_tensor([other_mass])]).softmax(0)[:-1]
-    nearest = _nearest(peaks, y)
-    draw_shares = torch.stack([(nearest == k).double().mean() for k in range(len(peaks))]) if peaks else shares
+    shares = log_masses.softmax(0)
+    draw_shares = torch.nn.functional.one_hot(_nearest(peaks, y), len(peaks)).double().mean(0)
     modes = [
         Mode(
             x=frame.affine.forward(peak.y),
@@ -166,22 +169,6 @@ def find_modes(
         num_starts=len(home_ends) + len(far_ends),
         num_evaluations=counter.num_evaluations,
     )
-
-
-class _Counter:
-    """The whitened target in float64, counting its evaluations."""
-
-    def __init__(self, target: WhitenedTarget) -> None:
-        self._target, self.dim, self.num_evaluations = target, target.dim, 0
-
-    def __call__(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        self.num_evaluations += len(y)
-        log_density, score = self._target.log_density_and_score(y)
-        finite = log_density.isfinite() & score.isfinite().all(-1)
-        return (
-            torch.where(finite, log_density, torch.nan).double(),
-            torch.where(finite[:, None], score, torch.nan).double(),
-        )
 
 
 @dataclass(frozen=True)
@@ -214,7 +201,7 @@ class _Maximum:
         return (self.square_distance(points) < dim + 4.0 * math.sqrt(2.0 * dim) + 4.0).double().mean().item()
 
 
-def _climb(target: _Counter, starts: Tensor, max_steps: int) -> tuple[Tensor, Tensor]:
+def _climb(target: ScoredTarget, starts: Tensor, max_steps: int) -> tuple[Tensor, Tensor]:
     """The ends (S, D) of the paths from the starts, and log p there, (S,).
 
     A start where log p is not finite is pulled half way to the centre a few times, then left out.
@@ -225,11 +212,11 @@ def _climb(target: _Counter, starts: Tensor, max_steps: int) -> tuple[Tensor, Te
     starts = starts[target(starts)[0].isfinite()]
     if len(starts) == 0:
         return starts, starts.new_zeros(0)
-    paths = quasi_newton_paths(target, starts, max_steps)
+    paths = quasi_newton_paths(target, starts, max_steps, noise=target.noise)
     return paths.ends, paths.end_log_densities
 
 
-def _distinct_maxima(target: _Counter, ends: Tensor, values: Tensor) -> list[_Maximum]:
+def _distinct_maxima(target: ScoredTarget, ends: Tensor, values: Tensor) -> list[_Maximum]:
     """The maxima among the highest ends of paths, highest first, each once."""
     found: list[_Maximum] = []
     num_tried = 0
@@ -245,7 +232,7 @@ def _distinct_maxima(target: _Counter, ends: Tensor, values: Tensor) -> list[_Ma
     return found
 
 
-def _maximum(target: _Counter, y: Tensor, log_density: float) -> _Maximum | None:
+def _maximum(target: ScoredTarget, y: Tensor, log_density: float) -> _Maximum | None:
     """The maximum at the end ``y (D,)`` of a path, or None if that is no maximum, or not near enough to one.
 
     Curvatures are measured over steps in proportion to the sds they imply, so that narrow maxima are seen as such.
@@ -267,7 +254,7 @@ def _maximum(target: _Counter, y: Tensor, log_density: float) -> _Maximum | None
     return _Maximum(y, log_density, precision, log_det)
 
 
-def _curvature(target: _Counter, y: Tensor, step: Tensor) -> Tensor:
+def _curvature(target: ScoredTarget, y: Tensor, step: Tensor) -> Tensor:
     """``-hessian log p`` at ``y (D,)`` by central differences of scores: (D, D), or its diagonal (D,) for large D."""
     steps = torch.diag(step)
     _, ahead = target(y + steps)
@@ -286,20 +273,20 @@ def _log_det(precision: Tensor) -> float | None:
     return None if int(info) > 0 else 2.0 * root.diagonal().log().sum().item()
 
 
-def _dip(target: _Counter, a: Tensor, b: Tensor, lower: float) -> float:
+def _dip(target: ScoredTarget, a: Tensor, b: Tensor, lower: float) -> float:
     """How far log p falls below ``lower`` on the line between two points (D,)."""
     fraction = torch.linspace(0.0, 1.0, _LINE_POINTS, dtype=a.dtype, device=a.device)[:, None]
     log_density, _ = target(a.lerp(b, fraction))
     return lower - log_density.nan_to_num(nan=-math.inf).min().item()
 
 
-def _dip_from_nearest(target: _Counter, peak: _Maximum, ends: Tensor, values: Tensor) -> float:
+def _dip_from_nearest(target: ScoredTarget, peak: _Maximum, ends: Tensor, values: Tensor) -> float:
     """On the line from the nearest of the ends (S, D), where log p has the given values, to a maximum."""
     i = int((ends - peak.y).norm(dim=-1).argmin())
     return _dip(target, ends[i], peak.y, min(peak.log_density, values[i].item()))
 
 
-def _separate(target: _Counter, peaks: Sequence[_Maximum], min_dip: float) -> list[_Maximum]:
+def _separate(target: ScoredTarget, peaks: Sequence[_Maximum], min_dip: float) -> list[_Maximum]:
     """The maxima, by descending mass, between all of which there are valleys."""
     kept: list[_Maximum] = []
     for peak in sorted(peaks, key=lambda peak: -peak.log_mass):
@@ -311,12 +298,10 @@ def _separate(target: _Counter, peaks: Sequence[_Maximum], min_dip: float) -> li
 
 def _nearest(peaks: Sequence[_Maximum], points: Tensor) -> Tensor:
     """For each point (N, D), the maximum whose Gaussian approximation of log p is highest there, (N,)."""
-    if not peaks:
-        return torch.full((len(points),), -1)
     return torch.stack([peak.log_density - 0.5 * peak.square_distance(points) for peak in peaks]).argmax(0)
 
 
-def _log_masses(target: _Counter, peaks: Sequence[_Maximum]) -> tuple[Tensor, bool]:
+def _log_masses(target: ScoredTarget, peaks: Sequence[_Maximum]) -> tuple[Tensor, bool]:
     """The log mass of each mode in units of ``(2 pi)^(D/2)``, and whether they can be relied on.
 
     By importance sampling if its effective sample size is enough at every mode, by Laplace's method otherwise. A single

@@ -32,7 +32,7 @@ _MIN_DRAWS = 50
 CUT_OFF = 5.0
 
 # The smallest sd of p, in sds of q, that an extrapolation is trusted to have found.
-_MIN_SD = 0.1
+_MIN_SD = 0.25
 
 # Errors are judged by what is left of them after so many standard errors. The largest of a hundred is then off by
 # chance by little more than one standard error, which is .02 with 4,096 draws.

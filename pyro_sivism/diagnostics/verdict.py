@@ -266,5 +266,10 @@ def _where(mode: Mode, name: Callable[[int], str]) -> tuple[tuple[str, ...], str
 def _all_clear(errors: MomentErrors, modes: ModeSearch | None) -> str:
     """What the evidence for a good fit comes to."""
     mean, log2_sd = errors.mean.abs().max().item(), errors.log2_sd.abs().max().item()
-    searched = "" if modes is None else f"; {modes.num_starts} climbs found no lost mode"
+    if modes is None:
+        searched = ""
+    elif modes.modes:
+        searched = f"; {modes.num_starts} climbs found no lost mode"
+    else:
+        searched = "; other modes could not be looked for"
     return f"means right to about {max(mean, 0.01):.2f} sds, sds to about {max(2.0**log2_sd - 1, 0.01):.0%}{searched}"
