@@ -29,6 +29,9 @@ What is shared, and how:
   rank draws its own. All follow from rank 0's: ``pyro.set_rng_seed`` makes a fit on K processes reproducible.
 - **Reports and files.** Rank 0 shows the progress bar, warns and writes files.
 
+A step with two critic updates makes six exchanges, three of them as large as a network: it pays where the scores of a
+batch cost more than that.
+
 ``setup``, ``step`` and ``run`` are called by all ranks; all else (``sample``, ``evaluate_loss``, ``save``,
 ``to_inference_data``) works on one rank alone. To fit another model on each rank, or to go on from a file on one rank
 only, pass ``ranks=Ranks.alone()``.
