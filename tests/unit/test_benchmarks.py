@@ -45,7 +45,7 @@ def test_capture_compares_scores_that_agree_with_pyro(load, tmp_path, problem):
     (row,) = rows_of(out)
     assert {"vmap", "loop", "pyro"} <= set(row["errors"])
     assert max(row["errors"].values()) < 1e-4  # float32, sums of up to a few hundred terms in another order
-    assert set(row["errors"]) | set(row["reasons"]) == {"captured", "vmap", "plate", "loop", "pyro"}
+    assert set(row["reasons"]) == {"captured", "vmap", "plate", "loop"}
 
 
 def test_capture_notices_a_score_that_is_wrong(load):
