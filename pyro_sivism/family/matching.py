@@ -3,10 +3,9 @@
 One loop, :func:`match`, draws a batch, whitens its scores, asks a rule for the next Gaussian, and stops when the two
 agree to rounding. The rules differ in the form of the covariance:
 
-- :func:`batch_and_match_dense`, :func:`batch_and_match_diagonal`: the closed-form update of Cai, Modi,
-  Pillaud-Vivien, Margossian, Gower, Blei and Saul, "Batch and match: black-box variational inference with a
-  score-based divergence", ICML 2024.
-- :class:`LowRankMatch`: see there.
+- :func:`batch_and_match_dense`: the closed-form update of Cai, Modi, Pillaud-Vivien, Margossian, Gower, Blei and
+  Saul, "Batch and match: black-box variational inference with a score-based divergence", ICML 2024.
+- :class:`~pyro_sivism.family.low_rank_match.LowRankMatch`: diagonal plus low-rank, for large D.
 
 The algebra is in float64, in the frame where the current Gaussian is N(0, I).
 """
@@ -24,7 +23,7 @@ from torch import Tensor
 from pyro_sivism.family.affine import AffineMap
 from pyro_sivism.family.scored_target import ScoredTarget
 
-__all__ = ["MatchRule", "batch_and_match_dense", "batch_and_match_diagonal", "batch_and_match_update", "match"]
+__all__ = ["MatchRule", "batch_and_match_dense", "batch_and_match_update", "match"]
 
 
 # The next Gaussian from the current one, whitened draws and scores (B, D), and the regularization; and what it guarded.
@@ -38,6 +37,17 @@ _MIN_FINITE = 0.25
 # Below this discrepancy from N(0, I), and no longer falling, the target is Gaussian to rounding.
 _GAUSSIAN = 1e-3
 _STILL_FALLING = 0.5
+_MAX_ERRORS = 3.0
+
+
+class _Batch(NamedTuple):
+    """Whitened draws of a Gaussian with finite scores, these whitened too, and the ELBO they tell, with its error."""
+
+    y: Tensor
+    score: Tensor
+    elbo: float
+    elbo_error: float
+    discrepancy: float
 
 
 def match(
@@ -50,44 +60,94 @@ def match(
     regularization: float,
     guards: Counter[str],
 ) -> AffineMap:
-    """At most ``num_steps`` updates by ``rule``; the last half of them averaged, unless the fit is exact before.
+    """At most ``num_steps`` batches, each followed by an update by ``rule``; ended where the fit is exact.
+
+    An update after which the ELBO is lower, beyond its error, is taken back and tried again at a third of its
+    regularization. A target that is not Gaussian leaves every update noisy, by its few draws: the mean and
+    covariance of the last half of them are averaged then, where the covariance is dense.
 
     Args:
         regularization: lambda of the first update; update t has a t-th of it, so that the updates average the batches.
-        guards: counts, by kind, how often an update was shortened or skipped.
+        guards: counts, by kind, how often an update was shortened or taken back.
     """
-    last_discrepancy = math.inf
+    current, candidate, batch = affine, affine, None
+    damping, last_discrepancy = 1.0, math.inf
+    average = _Average() if affine.is_dense else None
     for step in range(num_steps):
         target.resample_minibatch()
-        noise = torch.randn(batch_size, target.dim, dtype=torch.double, device=affine.loc.device)
-        y, score, guarded = _whitened_scores(target, affine, noise)
-        guards.update(guarded)
-        if len(y) < max(2, _MIN_FINITE * batch_size):
-            affine = affine._replace(scale_tril=0.5 * affine.scale_tril)
+        new = _draw(target, candidate, batch_size, guards)
+        if new is None:
+            candidate = candidate._replace(scale_tril=0.5 * candidate.scale_tril)
             guards["scale_halved"] += 1
             continue
-        residual = y + score
-        discrepancy = max(float(residual.mean(0).abs().max()), float((residual * y).mean(0).abs().max()))
-        affine, guarded = rule(affine, y, score, regularization / (step + 1.0))
+        if batch is None or _no_worse(new, batch, target.noise):
+            current, batch = candidate, new
+            damping = min(1.0, 2.0 * damping)
+        else:
+            damping /= 3.0
+            guards["update_taken_back"] += 1
+        candidate, guarded = rule(current, batch.y, batch.score, damping * regularization / (step + 1.0))
         guards.update(guarded)
-        if _STILL_FALLING * last_discrepancy < discrepancy < _GAUSSIAN:
-            break
-        last_discrepancy = discrepancy
-    return affine
+        if _STILL_FALLING * last_discrepancy < batch.discrepancy < _GAUSSIAN:
+            return candidate
+        last_discrepancy = batch.discrepancy
+        if average is not None and 2 * step >= num_steps:
+            average.add(candidate)
+    return current if average is None else average.result(current)
 
 
-def _whitened_scores(target: ScoredTarget, affine: AffineMap, noise: Tensor) -> tuple[Tensor, Tensor, list[str]]:
-    """The finite rows of whitened draws and their whitened scores, the latter clipped in norm."""
-    _, score = target(affine.forward(noise))
-    finite = score.isfinite().all(-1)
-    score = affine.pull_back(score[finite])
-    norm = score.norm(dim=-1, keepdim=True) / (_MAX_SCORE * math.sqrt(target.dim))
-    guarded = [
-        kind
-        for kind, happened in (("draws_left_out", ~finite.all()), ("scores_clipped", (norm > 1).any()))
-        if bool(happened)
-    ]
-    return noise[finite], score / norm.clamp(min=1.0), guarded
+def _no_worse(new: _Batch, old: _Batch, noise: float) -> bool:
+    error = math.hypot(new.elbo_error, old.elbo_error) + noise * abs(old.elbo)
+    return new.elbo >= old.elbo - _MAX_ERRORS * error
+
+
+def _draw(target: ScoredTarget, affine: AffineMap, batch_size: int, guards: Counter[str]) -> _Batch | None:
+    """A batch without its non-finite rows, None where these are most of it; scores are clipped in norm.
+
+    They are at 20 times the norm of a Gaussian's, or of the batch's median where that is more: outliers are, the common
+    large score of a Gaussian far away is not.
+    """
+    y = torch.randn(batch_size, target.dim, dtype=torch.double, device=affine.loc.device)
+    log_density, score = target(affine.forward(y))
+    finite = log_density.isfinite()
+    if int(finite.sum()) < max(2, _MIN_FINITE * batch_size):
+        return None
+    guards["draws_left_out"] += int(not bool(finite.all()))
+    y, score, log_density = y[finite], affine.pull_back(score[finite]), log_density[finite]
+    norm = score.norm(dim=-1, keepdim=True)
+    norm = norm / (_MAX_SCORE * norm.median().clamp(min=math.sqrt(target.dim)))
+    guards["scores_clipped"] += int(bool((norm > 1).any()))
+    residual = y + score
+    ratio = log_density + 0.5 * y.square().sum(-1) + affine.log_abs_det
+    return _Batch(
+        y,
+        score / norm.clamp(min=1.0),
+        float(ratio.mean()),
+        float(ratio.std() / math.sqrt(len(y))),
+        max(float(residual.mean(0).abs().max()), float((residual * y).mean(0).abs().max())),
+    )
+
+
+class _Average:
+    """The mean of the means and covariances of Gaussians."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self, affine: AffineMap) -> None:
+        self.count += 1
+        if self.count == 1:
+            self.loc, self.covariance = affine.loc, affine.covariance
+        self.loc = self.loc + (affine.loc - self.loc) / self.count
+        self.covariance = self.covariance + (affine.covariance - self.covariance) / self.count
+
+    def result(self, default: AffineMap) -> AffineMap:
+        """``default`` where nothing was averaged, or where sds without bounds have left no root of the mean."""
+        if self.count == 0:
+            return default
+        scale = self.covariance.diagonal().sqrt()  # units apart, as they may span more than rounding allows
+        root, info = torch.linalg.cholesky_ex(self.covariance / scale[:, None] / scale)
+        return AffineMap(self.loc, scale[:, None] * root) if int(info) == 0 else default
 
 
 class GaussianUpdate(NamedTuple):
@@ -161,23 +221,3 @@ def batch_and_match_update(y: Tensor, score: Tensor, regularization: float) -> G
 def _symmetric_function(matrix: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     eigenvalues, vectors = torch.linalg.eigh(0.5 * (matrix + matrix.mT))
     return (vectors * function(eigenvalues)) @ vectors.mT
-
-
-def batch_and_match_diagonal(
-    affine: AffineMap, y: Tensor, score: Tensor, regularization: float
-) -> tuple[AffineMap, list[str]]:
-    """The same with a diagonal covariance: the quadratic ``u s^2 + s = v`` in each coordinate."""
-    weight = regularization / (1.0 + regularization)
-    y_bar, g_bar = y.mean(0), score.mean(0)
-    u = regularization * score.var(0, correction=0) + weight * g_bar.square()
-    v = 1.0 + regularization * y.var(0, correction=0) + weight * y_bar.square()
-    variance = 2.0 * v / (1.0 + (1.0 + 4.0 * u * v).sqrt())
-    bounded = variance.clamp(1.0 / _MAX_EIGENVALUE, _MAX_EIGENVALUE)
-    shift = weight * (bounded * g_bar + y_bar)
-    shortened = shift.clamp(-_MAX_SHIFT, _MAX_SHIFT)
-    guarded = []
-    if bool((bounded != variance).any()):
-        guarded.append("covariance_bounded")
-    if bool((shortened != shift).any()):
-        guarded.append("mean_bounded")
-    return AffineMap(affine.forward(shortened), affine.scale_tril * bounded.sqrt()), guarded

@@ -9,7 +9,8 @@
    current Gaussian, their scores, and the closed-form Gaussian that balances matching those scores against
    staying near. With exact scores of a Gaussian target the target itself is the fixed point.
 
-The covariance is dense up to ``max_dense_dim`` and diagonal beyond. The algebra is in float64.
+Beyond ``max_dense_dim`` the paths are of limited memory, and the covariance is diagonal plus low-rank, matched by
+:class:`~pyro_sivism.family.low_rank_match.LowRankMatch`. The algebra is in float64.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,11 +28,16 @@ from pyro_sivism.errors import ArgumentError
 from pyro_sivism.family.affine import AffineMap, TargetDensity
 from pyro_sivism.family.curvature import measured_inverse_hessians
 from pyro_sivism.family.inverse_hessians import DenseInverse
-from pyro_sivism.family.matching import batch_and_match_dense, batch_and_match_diagonal, match
+from pyro_sivism.family.low_rank_match import LowRankMatch
+from pyro_sivism.family.matching import batch_and_match_dense, match
 from pyro_sivism.family.quasi_newton import QuasiNewtonPaths, quasi_newton_paths
 from pyro_sivism.family.scored_target import ScoredTarget
 
 __all__ = ["BatchAndMatch", "FixedGaussian", "GaussianFit", "Preconditioner"]
+
+# Pairs a limited-memory path keeps, and the gain in nats that another climb must promise.
+_MEMORY = 10
+_WORTHWHILE = 0.1
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,8 @@ class GaussianFit:
         num_evaluations: scores computed.
         num_nonfinite: evaluations that were NaN or infinite and were left out.
         guards: how often an update was shortened or skipped, by kind: ``draws_left_out`` (non-finite), ``scale_halved``
-            (hardly any draw was finite), ``scores_clipped``, ``covariance_bounded``, ``mean_bounded``.
+            (hardly any draw was finite), ``scores_clipped``, ``covariance_bounded``, ``mean_bounded``,
+            ``update_taken_back`` (the ELBO fell).
         path_ends: where the paths ended, (S, D), and their log densities (S,).
         unresolved: the coordinates whose sd is below 100 rounding units of their mean in the target's own arithmetic,
             so that draws and scores are coarse there. Cured by centering or rescaling them, or by float64.
@@ -135,15 +142,24 @@ class FixedGaussian:
         )
 
 
+class _Ends(NamedTuple):
+    """Where paths have come to: points (S, D), log densities (S,), scores (S, D)."""
+
+    points: Tensor
+    log_densities: Tensor
+    scores: Tensor
+
+
 class BatchAndMatch:
     """The default preconditioner: quasi-Newton paths, the best Gaussian by ELBO, then batch and match.
 
     Args:
-        num_steps: batch-and-match updates at most; ``max(100, 2 D)`` if None.
-        batch_size: draws per update.
-        max_path_steps: quasi-Newton steps per climb.
+        num_steps: updates at most; by default ``max(100, 2 D)`` with a dense covariance, 150 with a low-rank one.
+        batch_size: draws per update, twice as many with a low-rank covariance.
+        max_path_steps: quasi-Newton steps per start, and half as many per further climb.
         max_climbs: climbs per start, each from the end of the one before with its curvature measured anew.
         max_dense_dim: the largest D for a dense covariance.
+        rank: directions of the low-rank covariance beyond; 0 makes it diagonal.
         candidates_per_path, elbo_draws: how many points of a climb are compared, by how many draws each.
     """
 
@@ -155,6 +171,7 @@ class BatchAndMatch:
         max_path_steps: int = 200,
         max_climbs: int = 5,
         max_dense_dim: int = 512,
+        rank: int = 32,
         candidates_per_path: int = 12,
         elbo_draws: int = 16,
     ) -> None:
@@ -163,6 +180,7 @@ class BatchAndMatch:
         for name, value in (
             ("max_path_steps", max_path_steps),
             ("max_climbs", max_climbs),
+            ("rank + 1", rank + 1),
             ("candidates_per_path", candidates_per_path),
             ("elbo_draws", elbo_draws),
         ):
@@ -170,6 +188,7 @@ class BatchAndMatch:
                 raise ArgumentError(f"expected {name} of at least 1, got {value}")
         self.num_steps, self.batch_size = num_steps, batch_size
         self.max_path_steps, self.max_climbs, self.max_dense_dim = max_path_steps, max_climbs, max_dense_dim
+        self.rank = rank
         self.candidates_per_path, self.elbo_draws = candidates_per_path, elbo_draws
 
     def fit(self, target: TargetDensity, starts: Tensor) -> GaussianFit:
@@ -177,17 +196,18 @@ class BatchAndMatch:
         scored = ScoredTarget(target)
         scored.measure_eps(starts.double())
         dense = target.dim <= self.max_dense_dim
-        climbs = self._climb(scored, starts.double(), dense)
-        start, path_elbo = self._best_by_elbo(scored, climbs)
+        climbs, ends = self._climb(scored, starts.double(), dense)
+        start, path_elbo = self._best_by_elbo(scored, climbs, ends)
         guards: Counter[str] = Counter()
-        num_steps = max(100, 2 * min(target.dim, self.max_dense_dim)) if self.num_steps is None else self.num_steps
+        num_steps = (max(100, 2 * target.dim) if dense else 150) if self.num_steps is None else self.num_steps
+        low_rank = LowRankMatch(self.rank)
         affine = match(
             scored,
-            start if dense else AffineMap(start.loc, start.variances.sqrt()),
-            batch_and_match_dense if dense else batch_and_match_diagonal,
+            start if dense else low_rank.cut(start),
+            batch_and_match_dense if dense else low_rank,
             num_steps,
-            self.batch_size,
-            regularization=float(max(target.dim, self.batch_size) if dense else self.batch_size),
+            self.batch_size if dense else 2 * self.batch_size,
+            regularization=float(max(target.dim, self.batch_size) if dense else 2 * self.batch_size),
             guards=guards,
         )
         elbo, discrepancy = self._judge(scored, affine)
@@ -199,36 +219,48 @@ class BatchAndMatch:
             path_elbo=path_elbo,
             num_evaluations=scored.num_evaluations,
             num_nonfinite=scored.num_nonfinite,
-            path_ends=climbs[-1].ends,
-            path_log_densities=climbs[-1].end_log_densities,
-            guards=dict(guards),
+            path_ends=ends.points,
+            path_log_densities=ends.log_densities,
+            guards=dict(+guards),
             unresolved=tuple((affine.variances.sqrt() < resolution).nonzero()[:, 0].tolist()),
         )
 
-    def _climb(self, target: ScoredTarget, starts: Tensor, dense: bool) -> list[QuasiNewtonPaths]:
-        """Paths from the starts, and on from their ends with the curvature measured there, while that gains a nat."""
-        memory = None if dense else 10
-        climbs = [quasi_newton_paths(target, starts, self.max_path_steps, memory=memory, noise=target.noise)]
-        while dense and len(climbs) < self.max_climbs:
-            last = climbs[-1]
-            inverse = measured_inverse_hessians(
-                target, last.ends, last.end_scores, torch.ones_like(last.ends), target.noise
-            )
-            climbs.append(
-                quasi_newton_paths(
-                    target,
-                    last.ends,
-                    self.max_path_steps,
-                    start_inverse=DenseInverse.measured(inverse),
-                    noise=target.noise,
-                )
-            )
-            gain = climbs[-1].end_log_densities - last.end_log_densities
-            if not bool((gain > 1e-2 + target.noise * last.end_log_densities.abs()).any()):
-                break
-        return climbs
+    def _climb(self, target: ScoredTarget, starts: Tensor, dense: bool) -> tuple[list[QuasiNewtonPaths], _Ends]:
+        """Paths from the starts, and on from their ends with the curvature measured there, while that gains.
 
-    def _best_by_elbo(self, target: ScoredTarget, climbs: Iterable[QuasiNewtonPaths]) -> tuple[AffineMap, float]:
+        A path that has not come to its end twice running is left alone: its density may well have none.
+        """
+        memory = None if dense else _MEMORY
+        climbs = [quasi_newton_paths(target, starts, self.max_path_steps, memory=memory, noise=target.noise)]
+        ends = _Ends(climbs[0].ends, climbs[0].end_log_densities, climbs[0].end_scores)
+        going = torch.arange(len(starts), device=starts.device)
+        unfinished = climbs[0].lengths > self.max_path_steps
+        max_steps = max(1, self.max_path_steps // 2)  # Newton steps, at first: fewer do
+        while dense and len(climbs) < self.max_climbs and len(going) > 0:
+            x, log_density, score = (values[going] for values in ends)
+            inverse = measured_inverse_hessians(target, x, score, torch.ones_like(x), target.noise)
+            climb = quasi_newton_paths(
+                target,
+                x,
+                max_steps,
+                start_inverse=DenseInverse.measured(inverse),
+                noise=target.noise,
+            )
+            climbs.append(climb)
+            ends.points[going], ends.log_densities[going], ends.scores[going] = (
+                climb.ends,
+                climb.end_log_densities,
+                climb.end_scores,
+            )
+            gained = climb.end_log_densities - log_density > _WORTHWHILE + target.noise * log_density.abs()
+            stopped_short = climb.lengths > max_steps
+            keep = gained & ~(stopped_short & unfinished)
+            going, unfinished = going[keep], stopped_short[keep]
+        return climbs, ends
+
+    def _best_by_elbo(
+        self, target: ScoredTarget, climbs: Iterable[QuasiNewtonPaths], ends: _Ends
+    ) -> tuple[AffineMap, float]:
         """The path Gaussian with the highest ELBO, ``E_q[log p] + entropy``, from a few draws each."""
         best, best_elbo = None, -math.inf
         for climb in climbs:
@@ -238,9 +270,8 @@ class BatchAndMatch:
                 elbo = _elbo(log_density.nan_to_num(nan=-math.inf), candidate)
                 if elbo > best_elbo:
                     best, best_elbo = candidate, elbo
-            last = climb
         if best is None:  # every draw of every candidate was non-finite: start small at the best end point
-            end = last.ends[last.end_log_densities.argmax()]
+            end = ends.points[ends.log_densities.argmax()]
             scale = torch.full_like(end, 1e-2)
             best = AffineMap(end, scale.diag() if target.dim <= self.max_dense_dim else scale)
         return best, best_elbo

@@ -28,6 +28,8 @@ FLOAT64_NOISE = 1e-14
 _SUFFICIENT = 1e-4
 _FLAT = 0.9
 _MAX_STALLS = 4
+# Once a step has gained enough, so many bisections are spent on a flatter slope.
+_MAX_BISECTIONS = 5
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,7 @@ def _line_search(
     length = torch.ones_like(f0)
     searching = active.clone()
     found = torch.zeros_like(active)
+    num_bisections = torch.zeros_like(f0)
     rounding = noise * f0.abs()
     for _ in range(max_tries):
         index = searching.nonzero()[:, 0]
@@ -191,7 +194,8 @@ def _line_search(
         low[index] = torch.where(rises & ~flat, length[index], low[index])
         searching[index[rises & flat]] = False
         length[index] = torch.where(high[index].isinf(), 2.0 * length[index], 0.5 * (low[index] + high[index]))
-        searching &= _bracket_holds(x, direction, low, high)
+        num_bisections += searching & ~high.isinf()
+        searching &= _bracket_holds(x, direction, low, high) & ~(found & (num_bisections >= _MAX_BISECTIONS))
         if not searching.any():
             break
     return best_x, best_f, best_score, found
