@@ -279,7 +279,7 @@ class Row:
 def true_errors(x: Tensor, truth: Tensor, num_usable: int) -> tuple[float, float, float]:
     """The error, that along the worst direction, and the largest difference of distribution functions."""
     ks = 0.0
-    for column, want in zip(x.T, truth.T):
+    for column, want in zip(x[:20_000].T, truth[:20_000].T):
         at = want.quantile(QUANTILES.to(want))
         ks = max(ks, ((column[:, None] <= at).double().mean(0) - QUANTILES).abs().max().item())
     x, truth = x[:, :num_usable], truth[:, :num_usable]

@@ -38,6 +38,7 @@ _MAX_CANDIDATES = 8  # ends whose curvature is measured, the highest ones
 _DIFFERENCE = 0.03  # half the width of central differences of scores, in sds of q or of the mode
 _CURVATURE_PASSES = 3
 _MAX_DECREMENT = 0.1  # squared Newton step, in sds of the mode per dimension, of what has converged
+_TOLERANCE = 0.01  # the same, all told, at which a path ends
 _SAME_DISTANCE = 3.0  # two ends nearer than this, in sds of the mode per sqrt(D), are one
 _LINE_POINTS = 33
 _MAX_LOST_FRACTION = 0.1  # a mode is lost if q has less than this part of the draws it should have there
@@ -158,7 +159,7 @@ def find_modes(
             displacement=frame.along_coordinates(peak.y[None])[0],
             share=share,
             draw_share=draw_share,
-            is_lost=share >= min_share and peak.fraction_within(y) < _MAX_LOST_FRACTION * share,
+            is_lost=peak in new and share >= min_share and peak.fraction_within(y) < _MAX_LOST_FRACTION * share,
         )
         for peak, share, draw_share in zip(peaks, shares.tolist(), draw_shares.tolist())
     ]
@@ -171,7 +172,7 @@ def find_modes(
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Maximum:
     """A maximum of log p at ``y (D,)``: curvatures ``-H`` (D, D), or (D,) if diagonal, and their log determinant."""
 
@@ -212,7 +213,7 @@ def _climb(target: ScoredTarget, starts: Tensor, max_steps: int) -> tuple[Tensor
     starts = starts[target(starts)[0].isfinite()]
     if len(starts) == 0:
         return starts, starts.new_zeros(0)
-    paths = quasi_newton_paths(target, starts, max_steps, noise=target.noise)
+    paths = quasi_newton_paths(target, starts, max_steps, tolerance=_TOLERANCE, noise=target.noise)
     return paths.ends, paths.end_log_densities
 
 

@@ -10,13 +10,15 @@ they are control variates. The least-squares fit of a coordinate g by them, over
     g  ~  c + sum_k beta_k T_k(x),        estimates    E_p[g] - E_q[g]  =  - sum_k beta_k E_q[T_k].
 
 It is exact, whatever q, where g is a combination of the T_k. For q = p its mean is 0 whatever the beta_k, so it never
-errs by more than Monte Carlo noise when the fit is right. With f = e_j (then ``T = s_j``) it is exact for the mean of
-every Gaussian p, with ``f = u g(x)``, u the direction of g (then ``T = 1 + g u.s``), to first order for its variance.
+errs by more than Monte Carlo noise when the fit is right. The fields are the gradients of all linear and quadratic
+functions, which is exact for the mean and the covariance of every Gaussian p. Where draws are too few for so many, the
+quadratic ones are ``f = u g(x)``, u the direction of g, with ``T = 1 + g u.s``: exact for variances to first order.
 
 **Where the fit is blind.** With long tails in g^2 the least-squares coefficients are those of its few largest values.
 The other estimate for a variance is one step of Fisher scoring for the family of maps that f generates: if q is p moved
-by lambda along f, then ``E_q[T] = -lambda E[T^2]`` to first order, for any p. It overstates large errors, so that it is
-taken only where it is sure of more than 1.5 times as much.
+by lambda along f, then ``E_q[T] = -lambda E[T^2]`` to first order, for any p. It overstates large errors and takes a
+wrong correlation for a wrong sd, so that it is taken only where g has long tails and it is sure of more than 1.5 times
+as much.
 
 The first two moments of f and g are all it looks at: the best *Gaussian* for a curved or skewed p has
 ``E_q[s] = 0`` and ``E_q[s y'] = -I``, and passes, though its sds may be wrong. See ``drift.py`` for what does not.
@@ -44,13 +46,14 @@ from pyro_sivism.diagnostics.moments import (
 
 __all__ = ["SteinStatistics", "WorstDirection", "stein_statistics"]
 
-_SCORING_MARGIN = 1.5
+_LONG_TAILS, _SCORING_MARGIN = 10.0, 1.5  # a kurtosis, 3 for a Gaussian; how much more scoring must be sure of
+_MIN_DRAWS_PER_VARIATE = 8
 _LEAST_INFORMATION = 0.5  # of a scale, E_p[T^2]: what a Cauchy p has; lighter tails have more
 
 
 @dataclass(frozen=True)
 class WorstDirection:
-    """The direction, not necessarily a coordinate, in which q's spread is furthest off.
+    """The direction, not necessarily a coordinate, in which q's second moments are furthest off.
 
     It is found on every other draw and judged on the rest, so that its error is not the largest of many.
 
@@ -116,15 +119,27 @@ def stein_statistics(x: Tensor, score: Tensor, *, num_blocks: int = 1) -> SteinS
         coordinates = _moment_errors(coordinate, quadratic, variates.transpose(0, 1), num_blocks)
         direction = None
     else:
-        coordinates = _moment_errors(coordinate, quadratic, torch.cat([s, quadratic], -1)[None], num_blocks)
+        variates = _polynomial_variates(y, s, quadratic)[None]
+        coordinates = _moment_errors(coordinate, quadratic, variates, num_blocks)
         direction = _worst_direction(frame, y, s, num_blocks)
     return SteinStatistics(
         coordinates, direction, s.mean(0), standard_error(s, num_blocks), len(x), len(finite) - len(x)
     )
 
 
+def _polynomial_variates(y: Tensor, s: Tensor, quadratic: Tensor) -> Tensor:
+    """The control variates of all linear and quadratic functions of y, (N, K), or with the given quadratic ones."""
+    num_draws, dim = y.shape
+    rows, columns = torch.triu_indices(dim, dim, device=y.device)
+    if _MIN_DRAWS_PER_VARIATE * (dim + len(rows)) > num_draws:
+        return torch.cat([s, quadratic], -1)
+    products = 0.5 * (y[:, rows] * s[:, columns] + y[:, columns] * s[:, rows]) + (rows == columns).to(y.dtype)
+    return torch.cat([s, products], -1)
+
+
 def _moment_errors(values: Tensor, quadratic: Tensor, variates: Tensor, num_blocks: int) -> MomentErrors:
     """Errors of ``values (N, D)`` by control variates ``(groups, N, K)``: one group for all, or one for each."""
+    has_long_tails = values.pow(4).mean(0) > _LONG_TAILS
     values = values.clamp(-CUT_OFF, CUT_OFF)
     goals = values[None] if len(variates) == 1 else values.T[..., None]  # (groups, N, goals)
     goals = torch.cat([goals, goals.square()], -1)
@@ -139,7 +154,7 @@ def _moment_errors(values: Tensor, quadratic: Tensor, variates: Tensor, num_bloc
     d2, d2_se = second.mean(0), standard_error(second, num_blocks)
     scored = 2.0 * quadratic / quadratic.square().mean(0).clamp(min=_LEAST_INFORMATION)
     d2_scored, d2_scored_se = scored.mean(0), standard_error(scored, num_blocks)
-    use_scored = _sure(d2_scored, d2_scored_se) > _SCORING_MARGIN * _sure(d2, d2_se)
+    use_scored = has_long_tails & (_sure(d2_scored, d2_scored_se) > _SCORING_MARGIN * _sure(d2, d2_se))
     d2, d2_se = torch.where(use_scored, d2_scored, d2), torch.where(use_scored, d2_scored_se, d2_se)
     return MomentErrors.from_changes(d1, d1_se, d2, d2_se)
 
@@ -149,9 +164,13 @@ def _sure(change: Tensor, se: Tensor) -> Tensor:
 
 
 def _worst_direction(frame: Frame, y: Tensor, s: Tensor, num_blocks: int) -> WorstDirection:
-    """The eigenvector of ``E[(s y' + y s') / 2] + I`` with the largest eigenvalue, judged on the other half."""
-    product = s[::2].T @ y[::2] / len(y[::2])
-    eigenvalues, vectors = torch.linalg.eigh(0.5 * (product + product.T) + torch.eye(y.shape[1], dtype=y.dtype))
+    """The direction in which ``E_p[y y']`` is furthest from q's, I, by every other draw; judged on the rest.
+
+    To first order ``E_p[y y'] - I = E_q[s y'] + I + m m'``, symmetrized, with ``m = E_q[s]`` the shift of the mean.
+    """
+    product, mean = s[::2].T @ y[::2] / len(y[::2]), s[::2].mean(0)
+    change = 0.5 * (product + product.T) + torch.eye(y.shape[1], dtype=y.dtype, device=y.device)
+    eigenvalues, vectors = torch.linalg.eigh(change + mean[:, None] * mean)
     v = vectors[:, eigenvalues.abs().argmax()]
     value, slope = (values[1::2] @ v[:, None] for values in (y, s))
     quadratic = 1.0 + value * slope
