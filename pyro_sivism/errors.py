@@ -44,6 +44,10 @@ class OptimizerError(SivismError, ValueError):
     """An optimizer argument that this package cannot drive."""
 
 
+class CompileError(SivismError, RuntimeError):
+    """A step could not be compiled, or gave other gradients compiled; the message says why."""
+
+
 class ArgumentError(SivismError, ValueError):
     """An argument of the wrong kind, size or range."""
 
@@ -58,6 +62,10 @@ class SivismWarning(UserWarning):
 
 class TargetPathWarning(SivismWarning):
     """The model's score is computed by a slower path than the fastest one."""
+
+
+class CompileWarning(SivismWarning):
+    """The steps could not be compiled and go on as they are."""
 
 
 class FitWarning(SivismWarning):

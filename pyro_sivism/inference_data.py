@@ -30,7 +30,7 @@ from pyro_sivism.warn import warn
 if TYPE_CHECKING:
     from pyro_sivism.sivism import SIVISM
 
-__all__ = ["to_inference_data"]
+__all__ = ["split_keywords", "to_inference_data"]
 
 _LP_BATCH = 1000
 
@@ -165,6 +165,33 @@ def to_inference_data(
     groups["unconstrained_posterior"] = labels.unconstrained({s.name: u for s, u in layout.split(x)}, layout)
     left_out.warn()
     return _container(groups, _fit_attrs(sivism))
+
+
+def split_keywords(model: Callable, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Keywords for the model, and those of :func:`to_inference_data`.
+
+    Raises:
+        ArgumentError: the model takes a keyword of the same name, so that whose it is cannot be told.
+    """
+    options = {name: value for name, value in kwargs.items() if name in _OPTIONS}
+    function = model.forward if isinstance(model, nn.Module) else model
+    try:
+        clash = sorted(options.keys() & inspect.signature(function).parameters.keys())
+    except (TypeError, ValueError):  # a callable without a signature
+        clash = []
+    if clash:
+        raise ArgumentError(
+            f"{', '.join(clash)}: the model and the conversion both have a keyword of this name. Pass the model's "
+            "arguments by position, or none at all to take those of the last step."
+        )
+    return {name: value for name, value in kwargs.items() if name not in options}, options
+
+
+_OPTIONS = frozenset(
+    name
+    for name, parameter in inspect.signature(to_inference_data).parameters.items()
+    if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+)
 
 
 # --- what goes into the groups ----------------------------------------------------------------------

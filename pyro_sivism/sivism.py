@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import numbers
 import os
 import statistics
@@ -18,10 +17,18 @@ from tqdm.auto import tqdm
 
 from pyro_sivism.checkpoint import write_atomically
 from pyro_sivism.distributed import Ranks
-from pyro_sivism.errors import ArgumentError, DistributedError, FitWarning, NotSetUpError, TargetPathWarning
+from pyro_sivism.errors import (
+    ArgumentError,
+    CompileError,
+    CompileWarning,
+    DistributedError,
+    FitWarning,
+    NotSetUpError,
+    TargetPathWarning,
+)
 from pyro_sivism.family import BatchAndMatch, GaussianFit, Preconditioner, WhitenedTarget
 from pyro_sivism.guide import SemiImplicitGuide
-from pyro_sivism.inference_data import to_inference_data
+from pyro_sivism.inference_data import split_keywords, to_inference_data
 from pyro_sivism.layout import LatentLayout
 from pyro_sivism.objectives import Objective, PathGradientKL
 from pyro_sivism.optimizers import OptimizerLike, check_optimizer
@@ -38,8 +45,10 @@ __all__ = ["SIVISM"]
 Callback = Callable[["SIVISM", StepInfo], "bool | None"]
 T = TypeVar("T")
 
-_CONVERSION_KEYWORDS = frozenset(inspect.signature(to_inference_data).parameters)
 _MIN_STEPS_TO_JUDGE = 100
+_STEPS_BEFORE_COMPILING = 50  # until then the score's graph is recorded, and the time of a step known
+_COMPILED_SAVING = 0.3  # of a step's time; measured .3 to .5
+_COMPILE_SECONDS = 90.0  # cold, on one core; half of it is usual
 _MAX_MISMATCH = 1.0  # right fits measured below .2 a dimension, failed ones above 5
 
 
@@ -73,6 +82,8 @@ class SIVISM:
         critic_steps: critic updates per guide update.
         capture: keep the model's log density as a graph of tensor operations and replay that, rather than run the model
             in each step. Where it cannot be done or would not be right the model is run; ``target.path`` says so.
+        compile: compile the steps by ``torch.compile``, which takes a minute or more and needs a C++ compiler. If None
+            where a ``run`` has so many steps left that this is repaid, which takes tens of thousands.
         ranks: the processes that share the fit, see :mod:`pyro_sivism.distributed`; those that ``torchrun`` started or
             ``torch.distributed`` knows if None.
 
@@ -107,6 +118,7 @@ class SIVISM:
         preconditioner: Preconditioner | None = None,
         critic_steps: int | None = None,
         capture: bool = True,
+        compile: bool | None = None,
         ranks: Ranks | None = None,
     ) -> None:
         if not callable(model):
@@ -134,7 +146,7 @@ class SIVISM:
         self.loss = PathGradientKL() if loss is None else copy.copy(loss)  # another fit may share the object
         self.preconditioner = BatchAndMatch() if preconditioner is None else preconditioner
         self._critic, self._num_particles, self._critic_steps = critic, num_particles, critic_steps
-        self._capture = bool(capture)
+        self._capture, self._compile = bool(capture), compile
         self._ranks, self._last_save = ranks, ""
         self._training: Training | None = None
         self._target: Target | None = None
@@ -212,6 +224,7 @@ class SIVISM:
         else:
             self.guide.setup_from_trace(trace, self._recipe(LatentLayout.from_trace(trace).dim))
         if self._target is None:
+            self.guide.check_model(self.model, *args, **kwargs)
             paths = PATHS if self._capture else [path for path in PATHS if not path.startswith("captured")]
             self._target = Target(self.model, self.guide.layout, trace, args, kwargs, paths=paths)
         else:
@@ -267,7 +280,7 @@ class SIVISM:
             for name, value in saved["model_params"].items():
                 if name in params:
                     params[name].data.copy_(value)
-        training.connect(WhitenedTarget(self.target, self.guide.affine), params)
+        training.connect(WhitenedTarget(self.target, self.guide.affine), self.target, params)
         if saved is not None:
             training.load_state_dict(saved["training"])
             self._saved = None
@@ -300,7 +313,25 @@ class SIVISM:
 
     def _step(self, training: Training) -> StepInfo:
         self.target.resample_minibatch()  # one minibatch for the critic and the guide alike
+        if self._compile and training.num_steps >= _STEPS_BEFORE_COMPILING:
+            self._compile_steps(training)
         return self._together(training.step)
+
+    def _compile_steps(self, training: Training) -> None:
+        """Compile the steps to come; once, whether it succeeds or not."""
+        self._compile = False
+        started = time.perf_counter()
+        try:
+            training.compile()
+        except CompileError as error:
+            warn(f"the steps could not be compiled, and go on as they are: {error}", CompileWarning)
+        self._seconds["compile"] = time.perf_counter() - started
+
+    def _compile_if_repaid(self, training: Training, steps_left: int, seconds_per_step: float) -> None:
+        """Compile where the seconds it usually saves exceed those it usually takes by far."""
+        saving = _COMPILED_SAVING * seconds_per_step * steps_left
+        if self._compile is None and self.ranks.size == 1 and saving > 2 * _COMPILE_SECONDS:
+            self._compile_steps(training)
 
     def _together(self, work: Callable[..., T], *args: Any) -> T:
         """Do this rank's part of what the ranks do in step; say where to go on from if another one fails."""
@@ -350,6 +381,9 @@ class SIVISM:
                 while len(history) < num_steps and not interrupted:
                     history.append(self._step(training))
                     bar.update()
+                    if len(history) == _STEPS_BEFORE_COMPILING:
+                        per_step = (time.perf_counter() - started) / len(history)
+                        self._compile_if_repaid(training, num_steps - len(history), per_step)
                     if len(history) % 20 == 0:
                         bar.set_postfix_str(f"loss {history[-1].loss:.3g}", refresh=False)
                     asked_to_stop = [callback(self, history[-1]) for callback in callbacks]
@@ -435,15 +469,10 @@ class SIVISM:
         :func:`pyro_sivism.inference_data.to_inference_data`, which documents the groups: ``coords``, ``dims``,
         ``posterior_predictive``, ``log_likelihood``, ``prior``, ``constant_data``, ``batch_size``.
         """
-        clash = _CONVERSION_KEYWORDS & kwargs.keys() & _parameter_names(self.model)
-        if clash:
-            raise ArgumentError(
-                f"{', '.join(sorted(clash))}: the model and the conversion both have a keyword of this name. Pass the "
-                "model's arguments by position, or none at all to take those of the last step."
-            )
+        model_kwargs, options = split_keywords(self.model, kwargs)
         if self._saved is not None:  # the model's learned parameters are still in the file
-            self._bind(args, {k: v for k, v in kwargs.items() if k not in _CONVERSION_KEYWORDS})
-        return to_inference_data(self, *args, num_samples=num_samples, **kwargs)
+            self._bind(args, model_kwargs)
+        return to_inference_data(self, *args, num_samples=num_samples, **model_kwargs, **options)
 
     # --- saving -------------------------------------------------------------------------------------
 
@@ -485,14 +514,6 @@ class SIVISM:
         sivism = cls(model, saved["guide"], **kwargs)
         sivism._saved, sivism._seconds = saved, saved["seconds"]
         return sivism
-
-
-def _parameter_names(model: Callable) -> set[str]:
-    function = model.forward if isinstance(model, nn.Module) else model
-    try:
-        return set(inspect.signature(function).parameters)
-    except (TypeError, ValueError):  # a callable without a signature
-        return set()
 
 
 def _is_integer(value: Any) -> bool:

@@ -13,24 +13,27 @@ Where several processes share the fit, each draws its share of the particles, an
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pyro_sivism.compiled import CompiledGradients
 from pyro_sivism.distributed import Ranks
-from pyro_sivism.errors import ModelError, NonFiniteError, NonFiniteWarning
-from pyro_sivism.family import SemiImplicit, SemiImplicitSample, TargetDensity
+from pyro_sivism.errors import CompileError, ModelError, NonFiniteError, NonFiniteWarning
+from pyro_sivism.family import SemiImplicit, TargetDensity
 from pyro_sivism.objectives import GuideLoss, Objective
 from pyro_sivism.optimizers import OptimizerLike, Stepper, clip_gradients, make_stepper
 from pyro_sivism.recipe import Recipe
 from pyro_sivism.results import StepInfo
+from pyro_sivism.target import Target
 from pyro_sivism.warn import warn
 
 __all__ = ["Training"]
 
 _MODEL_PARAM_LR = 1e-2
+_CHECK_EVERY = 100
 
 
 class Training:
@@ -86,12 +89,13 @@ class Training:
             slow_params=getattr(critic, "input_parameters", list)(),
             slow_factor=recipe.input_lr_factor,
         )
+        self._compiled: CompiledGradients | None = None
         self._model_stepper: Stepper | None = None
         self._model_drift: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def connect(self, target: TargetDensity, model_params: Mapping[str, Tensor]) -> None:
-        """Work on this whitened target from now on, and learn these parameters of the model."""
-        self.target = target
+    def connect(self, target: TargetDensity, source: Target, model_params: Mapping[str, Tensor]) -> None:
+        """Work on this whitened target, made of ``source``, from now on, and learn these parameters of the model."""
+        self.target, self.source = target, source
         self.objective.setup(self.family, target, self.critic)
         known = {} if self._model_stepper is None else self._model_stepper.params
         if {key: id(p) for key, p in model_params.items()} == {key: id(p) for key, p in known.items()}:
@@ -113,6 +117,21 @@ class Training:
         """Let the learning rate fall over the next ``num_steps`` steps, or stay constant if None."""
         self._schedule = None if num_steps is None else (self.num_steps, num_steps)
 
+    def compile(self) -> None:
+        """Compile the gradients of the steps to come; without effect on what they are.
+
+        Raises:
+            CompileError: it cannot be done, and the message says why.
+        """
+        if self.objective.depends_on_step:
+            raise CompileError(f"the loss of {type(self.objective).__name__} changes from step to step")
+        functions = (self._own_critic_gradients, self._own_guide_gradients)
+        self._compiled = CompiledGradients(functions, self.source, self._num_particles)
+
+    @property
+    def is_compiled(self) -> bool:
+        return self._compiled is not None
+
     def step(self) -> StepInfo:
         """Take one step, as the module docstring says.
 
@@ -123,12 +142,11 @@ class Training:
         for _ in range(self.recipe.critic_steps):
             critic_loss = self._critic_step(lr_factor)
 
-        sample = self.family.rsample(self._num_particles)
-        gradients, divergence, num_nonfinite = self._guide_gradients(sample)
+        gradients, divergence, num_nonfinite, x = self._guide_gradients()
         self._guide_stepper.step(clip_gradients(gradients, self.recipe.clip_norm, "guide"), lr_factor)
         self._average_weights()
         if self._model_stepper is not None:
-            self._model_step(self._model_stepper, sample.x.detach(), lr_factor)
+            self._model_step(self._model_stepper, x, lr_factor)
 
         self.num_steps += 1
         info = StepInfo(self.num_steps, divergence.item(), critic_loss.item(), int(num_nonfinite))
@@ -142,37 +160,59 @@ class Training:
 
     # --- pieces of a step ---------------------------------------------------------------------------
 
-    def _guide_gradients(self, sample: SemiImplicitSample) -> tuple[list[Tensor | None], Tensor, Tensor]:
-        """The guide's gradients, the Fisher divergence, and how many particles were left out, over all ranks."""
-        params, shared = list(self._guide_stepper.params.values()), self.ranks.size > 1
+    def _guide_gradients(self) -> tuple[list[Tensor | None], Tensor, Tensor, Tensor]:
+        """The guide's gradients, the Fisher divergence and how many particles were left out, over all ranks; this
+        rank's draws."""
         try:
-            losses = self.objective.guide_loss(sample, self.num_steps)
-            weight = self._num_particles - losses.num_nonfinite  # before the backward pass counts its own
-            own = torch.autograd.grad(losses.loss, params, allow_unused=True, materialize_grads=shared)
-            divergence, num_nonfinite = losses.fisher_divergence, losses.num_nonfinite
+            *own, divergence, num_counted, num_nonfinite, x = self._run(1, self._own_guide_gradients)
         except NonFiniteError:
-            if not shared:
+            if self.ranks.size == 1:
                 raise
             # None of this rank's particles counts. If none counts anywhere the average is NaN, which all ranks refuse.
-            weight = torch.zeros((), dtype=torch.long, device=sample.x.device)
-            own = tuple(torch.zeros_like(param) for param in params)
-            divergence, num_nonfinite = sample.x.new_zeros(()), weight + self._num_particles
-        *gradients, divergence, num_nonfinite = self.ranks.pool([*own, divergence, num_nonfinite], weight)
-        return gradients, divergence, num_nonfinite
+            params = self._guide_stepper.params.values()
+            x = next(iter(params)).new_full((self._num_particles, self.family.dim), torch.nan)
+            own, divergence = [torch.zeros_like(param) for param in params], x.new_zeros(())
+            num_counted = torch.zeros((), dtype=torch.long, device=x.device)
+            num_nonfinite = num_counted + self._num_particles
+        *gradients, divergence, num_nonfinite = self.ranks.pool([*own, divergence, num_nonfinite], num_counted)
+        return gradients, divergence, num_nonfinite, x
+
+    def _own_guide_gradients(self) -> list[Any]:
+        sample = self.family.rsample(self._num_particles)
+        losses = self.objective.guide_loss(sample, self.num_steps)
+        num_counted = self._num_particles - losses.num_nonfinite  # before the backward pass counts its own
+        params = list(self._guide_stepper.params.values())
+        gradients = torch.autograd.grad(losses.loss, params, allow_unused=True, materialize_grads=self.ranks.size > 1)
+        return [*gradients, losses.fisher_divergence, num_counted, losses.num_nonfinite, sample.x.detach()]
+
+    def _run(self, index: int, function: Callable[[], list[Any]]) -> Sequence[Any]:
+        """The critic's (0) or the guide's (1) gradients, compiled where they are."""
+        if self._compiled is not None and not self._compiled.is_current:
+            self._compiled = None
+        if self._compiled is None:
+            return function()
+        if self.num_steps % _CHECK_EVERY == 0:  # a step by the usual way, which looks at the model again
+            self.source.check_soon()
+            return function()
+        return self._compiled(index)
 
     def _critic_step(self, lr_factor: float) -> Tensor:
+        *own, loss, x = self._run(0, self._own_critic_gradients)
+        *gradients, loss = self.ranks.pool([*own, loss], self._num_particles)
+        if own:  # there are none in a critic in closed form
+            self._critic_stepper.step(clip_gradients(gradients, self.recipe.clip_norm, "critic"), lr_factor)
+        update_moments = getattr(self.critic, "update_moments", None)
+        if update_moments is not None:
+            update_moments(self.ranks.gather(x, self.recipe.num_particles))
+        return loss
+
+    def _own_critic_gradients(self) -> list[Any]:
         with torch.no_grad():
             sample = self.family.rsample(self._num_particles)
-            update_moments = getattr(self.critic, "update_moments", None)
-            if update_moments is not None:
-                update_moments(self.ranks.gather(sample.x, self.recipe.num_particles))
         loss = self.objective.critic_loss(sample, self.num_steps)
         params = list(self._critic_stepper.params.values())
-        own_gradients = torch.autograd.grad(loss, params, allow_unused=True) if params else ()
-        *gradients, loss = self.ranks.pool([*own_gradients, loss.detach()], self._num_particles)
-        if params:  # there are none in a critic in closed form
-            self._critic_stepper.step(clip_gradients(gradients, self.recipe.clip_norm, "critic"), lr_factor)
-        return loss
+        gradients = torch.autograd.grad(loss, params, allow_unused=True) if params else ()
+        return [*gradients, loss.detach(), sample.x]
 
     def _model_step(self, stepper: Stepper, x: Tensor, lr_factor: float) -> None:
         """The M step of variational EM: move the model's parameters up ``E_q[log p]`` at the guide's own draws."""

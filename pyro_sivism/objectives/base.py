@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from pyro_sivism.errors import NonFiniteError
 from pyro_sivism.family import ScoreNetwork, SemiImplicit, SemiImplicitSample, TargetDensity
@@ -64,6 +65,11 @@ class Objective:
         """The defaults this objective wants."""
         return recipe
 
+    @property
+    def depends_on_step(self) -> bool:
+        """Whether the losses change with the number of the step, so that a step cannot be compiled once for all."""
+        return False
+
     def critic_loss(self, sample: SemiImplicitSample, step: int) -> Tensor:
         """``mean |s(x) - grad_x log q(x|z)|^2`` over a batch of draws that carries no gradient."""
         return (self.critic(sample.x) - sample.conditional_score).square().sum(-1).mean()
@@ -93,7 +99,7 @@ def finite_rows(target_score: Tensor) -> Tensor:
         NonFiniteError: none has.
     """
     finite = target_score.isfinite().all(-1)
-    if not bool(finite.any()):
+    if get_proxy_mode() is None and not bool(finite.any()):  # else it is being recorded, and has no values
         raise NonFiniteError(
             f"the target's score is not finite at any of {len(finite)} particles; expected most of the guide's draws "
             "to lie where the model's density is finite. Check the model for overflow far from the posterior "

@@ -15,6 +15,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from pyro_sivism.errors import ArgumentError, NonFiniteError
 from pyro_sivism.family import ScoreNetwork, SemiImplicitSample
@@ -63,6 +64,10 @@ class FisherDivergence(Objective):
     def adapt_recipe(self, recipe: Recipe) -> Recipe:
         """With fewer critic steps the game diverged in measurements."""
         return replace(recipe, critic_steps=max(3, recipe.critic_steps))
+
+    @property
+    def depends_on_step(self) -> bool:
+        return self.annealing_steps > 0
 
     def make_critic(self, dim: int, hidden_dims: Sequence[int]) -> nn.Module:
         return ScoreNetwork(dim, hidden_dims, gaussian_base=self.target_residual)
@@ -117,7 +122,7 @@ def _drop_nonfinite(gradient: Tensor, finite_score: Tensor, num_nonfinite: Tenso
         NonFiniteError: no row is finite.
     """
     finite = gradient.isfinite().all(-1)
-    if not bool(finite.any()):
+    if get_proxy_mode() is None and not bool(finite.any()):
         raise NonFiniteError(
             f"the second derivative of the model's log density is not finite at any of {len(gradient)} particles, "
             "so FisherDivergence cannot move the guide. Use PathGradientKL(), which needs first derivatives only."

@@ -77,6 +77,10 @@ class CapturedDensity:
         """How many batch graphs have been recorded."""
         return len(self._batch_graphs)
 
+    def graph(self, what: str, num_particles: int) -> fx.GraphModule | None:
+        """The graph that evaluates such a batch, if it has been recorded."""
+        return self._batch_graphs.get((what, num_particles))
+
     def evaluate(self, what: str, x: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
         """``log p(x)`` (B,) and ``grad log p(x)`` (B, D) at points (B, D), or one of them and None.
 

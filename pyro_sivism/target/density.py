@@ -24,8 +24,8 @@ against a run of the model at regular intervals, and given up with a warning whe
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +35,7 @@ from pyro import poutine
 from pyro.distributions import Distribution
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
-from torch import Tensor
+from torch import Tensor, fx
 from torch.func import grad_and_value, vmap
 
 from pyro_sivism.bijections import same_support
@@ -118,6 +118,7 @@ class Target:
         self.model, self.layout = model, layout
         self._try_paths = tuple(paths)
         self.num_evaluations = 0
+        self._replaced_inputs: Sequence[Tensor] | None = None
         self._bindings: OrderedDict[tuple, _Binding] = OrderedDict()
         self.bind(trace, args, kwargs)
 
@@ -156,6 +157,32 @@ class Target:
     @minibatch.setter
     def minibatch(self, indices: dict[str, Tensor]) -> None:
         self._binding.runs.minibatch = indices
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """Every tensor that the density reads and that may change: those among the arguments, and the minibatch."""
+        return self._binding.runs.inputs
+
+    @contextmanager
+    def inputs_replaced(self, inputs: Sequence[Tensor]) -> Iterator[None]:
+        """Read these tensors in the place of :attr:`inputs` inside this context."""
+        self._replaced_inputs = inputs
+        try:
+            yield
+        finally:
+            self._replaced_inputs = None
+
+    def captured_graph(self, what: str, num_particles: int) -> fx.GraphModule | None:
+        """The graph that such a batch is evaluated by, for the arguments at hand; None where there is none."""
+        runs = self._binding.runs
+        captured = self._binding.captures.get((self.path.name, runs.arguments.frozen))
+        if captured is None or captured.is_stale:
+            return None
+        return captured.graph(what, num_particles)
+
+    def check_soon(self) -> None:
+        """Compare the next evaluation of a captured path with a run of the model."""
+        self._binding.is_check_due = True
 
     def resample_minibatch(self) -> None:
         """Draw new indices for every random minibatch; all densities use them until the next call."""
@@ -313,6 +340,8 @@ class Target:
         if captured is None:
             return self._evaluate_along(self.path.name, x, what)
         num_graphs = captured.num_graphs
+        if self._replaced_inputs is not None:  # this evaluation is being recorded
+            return captured.evaluate(what, x, self._replaced_inputs)
         log_density, score = captured.evaluate(what, x, binding.runs.inputs)
         binding.num_replays += 1
         is_due = binding.num_replays % _CHECK_EVERY == 0 or captured.num_graphs > num_graphs or binding.is_check_due

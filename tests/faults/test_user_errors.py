@@ -232,7 +232,7 @@ def test_a_guide_of_a_part_of_the_model():
 
 
 def test_a_guide_of_another_model():
-    with pytest.raises(ModelError, match="latent site 'a'"):
+    with pytest.raises(ModelError, match="guide was made for another model: latent site 'mu'"):
         quick(two_latents, guide=SemiImplicitGuide(lambda: model(Y))).step()
 
 
