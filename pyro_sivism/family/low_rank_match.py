@@ -52,7 +52,7 @@ class LowRankMatch:
     ) -> tuple[AffineMap, list[str]]:
         weight = regularization / (1.0 + regularization)
         y_mean, score_mean = y.mean(0), score.mean(0)
-        d, q, c = _regression(y - y_mean, score - score_mean, min(self.rank, len(y) // 4, y.shape[1]))
+        d, q, c = _regression(y - y_mean, score - score_mean, min(self.rank, len(y) // 8, y.shape[1]))
         # The score at the current mean: what the batch has on average, less what the draws' own mean explains.
         at_mean = score_mean + y_mean + d * y_mean + q @ (c @ (q.mT @ y_mean))
 

@@ -158,7 +158,8 @@ class BatchAndMatch:
         batch_size: draws per update, twice as many with a low-rank covariance.
         max_path_steps: quasi-Newton steps per start, and half as many per further climb.
         max_climbs: climbs per start, each from the end of the one before with its curvature measured anew.
-        max_dense_dim: the largest D for a dense covariance.
+        max_dense_dim: the largest D for a dense covariance. At 256 that is 512 updates of 64 draws and 4 seconds of
+            algebra, at 1,024 four times as many and two minutes; the low-rank form takes 150 and 1 to 3 seconds.
         rank: directions of the low-rank covariance beyond; 0 makes it diagonal.
         candidates_per_path, elbo_draws: how many points of a climb are compared, by how many draws each.
     """
@@ -170,7 +171,7 @@ class BatchAndMatch:
         batch_size: int = 64,
         max_path_steps: int = 200,
         max_climbs: int = 5,
-        max_dense_dim: int = 512,
+        max_dense_dim: int = 256,
         rank: int = 32,
         candidates_per_path: int = 12,
         elbo_draws: int = 16,

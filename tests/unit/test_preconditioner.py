@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal, kl_divergence
 
 from pyro_sivism.errors import ArgumentError
-from pyro_sivism.family import BatchAndMatch, FixedGaussian, GaussianFit
-from pyro_sivism.family.matching import batch_and_match_update
+from pyro_sivism.family import AffineMap, BatchAndMatch, FixedGaussian, GaussianFit
+from pyro_sivism.family.matching import batch_and_match_update, match
+from pyro_sivism.family.scored_target import ScoredTarget
 from tests.statistical.oracle import GaussianTarget, random_covariance
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -271,6 +273,112 @@ def test_flat_direction_leaves_a_finite_gaussian(max_dense_dim):
     covariance = covariance.diag() if covariance.dim() == 1 else covariance
     assert (got.affine.loc[:2] - torch.tensor([1.0, -2.0])).abs().max() < 1e-3
     torch.testing.assert_close(covariance[:2, :2], torch.eye(2), rtol=1e-3, atol=1e-3)
+
+
+def test_raw_unit_regression_with_a_flat_prior():
+    """Covariates with sds from 1e-4 to 1e4, coefficients up to 1e7 and a noise of 1e3, from U(-2, 2), in float32.
+
+    The posterior of the coefficients is a t distribution with N - K degrees of freedom, of known mean and sd; the
+    Gaussian that matches its scores is closer than a tenth of an sd to both.
+    """
+    num, scales = 200, torch.tensor([1e-4, 1e-2, 1.0, 1e2, 1e4])
+    x = torch.cat([torch.ones(num, 1), (torch.randn(num, 5) + torch.tensor([0.0, 3.0, 1.0, 5.0, 2.0])) * scales], 1)
+    y = x @ torch.tensor([1e4, 3e7, 2e5, 1e4, -50.0, 0.3]) + 1e3 * torch.randn(num)
+
+    class Regression:
+        dim = 7
+
+        def log_density_and_score(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+            beta, log_sigma = theta[:, :-1].float(), theta[:, -1].float()
+            residual = (y.float() - beta @ x.float().T) / log_sigma.exp()[:, None]
+            squares = residual.square().sum(-1)
+            score = torch.cat([residual @ x.float() / log_sigma.exp()[:, None], (squares - num)[:, None]], 1)
+            return (-0.5 * squares - num * log_sigma).double(), score.double()
+
+    got = fit(Regression())
+    gram = torch.linalg.inv(x.T @ x)
+    beta = gram @ x.T @ y
+    variance = (y - x @ beta).square().sum() / (num - 6 - 2)
+    sd = (variance * gram.diagonal()).sqrt()
+    assert ((got.affine.loc[:-1] - beta) / sd).abs().max() < 0.1
+    torch.testing.assert_close(got.affine.variances[:-1].sqrt(), sd, rtol=0.1, atol=0)
+    assert got.discrepancy < 0.5
+    assert got.unresolved == ()
+
+
+def test_coordinates_that_float32_cannot_resolve_are_named():
+    """An sd of 1e-3 at 1e4 is a rounding unit of float32. In float64 it is 10^9 of them."""
+
+    class Single(GaussianTarget):
+        def log_density_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            log_density, score = super().log_density_and_score(x.float().double())
+            return log_density.float().double(), score.float().double()
+
+    given = torch.tensor([0.0, 1e4, 1e4]), torch.tensor([1.0, 1e-6, 1e4]).diag()
+    assert fit(Single(*given)).unresolved == (1,)
+    assert fit(GaussianTarget(*given)).unresolved == ()
+
+
+class TwoModes(GaussianTarget):
+    """Unit Gaussians at +-6 along x_0, the left one with a tenth of the mass."""
+
+    def log_density_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self.num_evaluations += len(x)
+        shift = torch.zeros(self.dim)
+        shift[0] = 6.0
+        logits = torch.stack([-0.5 * (x - shift).square().sum(-1), -0.5 * (x + shift).square().sum(-1)])
+        logits = logits + torch.tensor([[0.9], [0.1]]).log()
+        weights = logits.softmax(0)[..., None]
+        return logits.logsumexp(0), -(weights[0] * (x - shift) + weights[1] * (x + shift))
+
+
+def test_a_second_mode_found_by_the_starts_is_reported():
+    p = TwoModes(torch.zeros(2), torch.eye(2))
+    got = BatchAndMatch().fit(p, torch.tensor([[2.0, 0.0], [-2.0, 1.0], [1.0, 1.0], [-1.0, 0.0]]))
+    first, second = got.distinct_ends()
+    assert got.path_ends[first, 0].item() == pytest.approx(6.0, abs=1e-3)
+    assert got.path_ends[second, 0].item() == pytest.approx(-6.0, abs=1e-3)
+    assert len(got.distinct_ends(max_drop=1.0)) == 1  # log 9 = 2.2 nats lower
+
+
+def test_one_mode_has_one_distinct_end():
+    assert len(fit(GaussianTarget(torch.ones(3), random_covariance(3))).distinct_ends()) == 1
+    fixed = FixedGaussian(torch.zeros(2), torch.ones(2)).fit(TwoModes(torch.zeros(2), torch.eye(2)), torch.zeros(1, 2))
+    assert fixed.distinct_ends() == []
+
+
+def test_update_that_lowers_the_elbo_is_taken_back():
+    """A rule that doubles every sd, on a target that is fitted already."""
+    p = ScoredTarget(GaussianTarget(torch.zeros(3), torch.eye(3)))
+    guards: Counter[str] = Counter()
+
+    def double(affine: AffineMap, *_: object) -> tuple[AffineMap, list[str]]:
+        return affine._replace(scale_tril=2.0 * affine.scale_tril), []
+
+    diagonal = AffineMap(torch.zeros(3), 1.1 * torch.ones(3))
+    got = match(p, diagonal, double, 6, 64, regularization=1.0, guards=guards)
+    torch.testing.assert_close(got, diagonal)
+    assert guards["update_taken_back"] == 5
+
+
+@pytest.mark.parametrize("max_dense_dim", [512, 1], ids=["dense", "low_rank"])
+def test_heavy_tails_do_not_break_it(max_dense_dim):
+    """A Student t with 3 degrees of freedom: its Gaussian is centred, and between the mode's sd and the whole sd."""
+    precision = torch.linalg.inv(random_covariance(4))
+
+    class Student(GaussianTarget):
+        def log_density_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            centered = x - self.loc
+            pull = centered @ precision
+            square = (centered * pull).sum(-1)
+            return -3.5 * torch.log1p(square / 3), -7 * pull / (3 + square)[:, None]
+
+    got = fit(Student(torch.full((4,), 5.0), torch.eye(4)), max_dense_dim=max_dense_dim)
+    shape = torch.linalg.inv(precision).diagonal()
+    assert ((got.affine.loc - 5.0).abs() < 0.2 * shape.sqrt()).all()
+    assert (got.affine.variances > 3 / 7 * shape).all()
+    assert (got.affine.variances < 3 * shape).all()
+    assert got.discrepancy < 0.5
 
 
 # --- a given Gaussian ------------------------------------------------------------------------------
