@@ -18,11 +18,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 from torch.func import functionalize
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, make_fx
+from torch.fx.experimental.proxy_tensor import (
+    disable_proxy_modes_tracing,
+    get_proxy_mode,
+    has_proxy_slot,
+    make_fx,
+)
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["constants", "is_random", "is_recording", "record", "simplify"]
+__all__ = ["constants", "has_detach", "is_random", "is_recording", "record", "simplify"]
 
 aten = torch.ops.aten
 
@@ -58,15 +63,26 @@ _FILLS = {
     aten.ones_like.default: 1.0,
     aten.new_ones.default: 1.0,
 }
+# These take the values out of a tensor, behind the back of a recording.
+_READS = {
+    Tensor.numpy,
+    Tensor.tolist,
+    Tensor.__array__,
+    Tensor.__dlpack__,
+    Tensor.untyped_storage,
+    Tensor.data_ptr,
+}
 _MAX_CONSTANT = 2**22  # numbers in a folded tensor: past it, recomputing is cheaper than the memory
 
 
 def record(function: Callable, *inputs: Any) -> fx.GraphModule:
     """The graph of ``function(*inputs)``, without operations that write into tensors.
 
-    Raises whatever the function raises when it asks for the value of a tensor, e.g. in a branch.
+    Raises whatever the function raises when it asks for the value of a tensor, e.g. in a branch, and a RuntimeError
+    where it would get that value although a recording cannot follow it, e.g. by ``numpy()``.
     """
-    with _KnownRanges():
+    values = _Values()
+    with values:
         graph_module = make_fx(function)(*inputs)
     for node in graph_module.graph.nodes:  # now, as making the graph pure takes them apart
         if node.target is aten.binary_cross_entropy_with_logits.default:
@@ -77,6 +93,7 @@ def record(function: Callable, *inputs: Any) -> fx.GraphModule:
         for node in graph_module.graph.nodes:
             if node.target is aten.copy.default:  # has no derivative; it is its source, in the target's shape
                 _replace(node, _like_target(graph_module.graph, node))
+    graph_module.meta["read_constants"] = values.read_constants
     return graph_module
 
 
@@ -92,7 +109,12 @@ def simplify(graph_module: fx.GraphModule, keep_detach: bool = False) -> fx.Grap
 def constants(graph_module: fx.GraphModule) -> list[Tensor]:
     """The tensors that the graph holds, which a caller may have changed in place since."""
     names = {node.target for node in graph_module.graph.nodes if node.op == "get_attr"}
-    return [getattr(graph_module, name) for name in names]
+    return [getattr(graph_module, name) for name in names] + graph_module.meta.get("read_constants", [])
+
+
+def has_detach(graph_module: fx.GraphModule) -> bool:
+    """Whether the graph stops some gradient."""
+    return any(node.target is aten.detach.default for node in graph_module.graph.nodes)
 
 
 def is_recording() -> bool:
@@ -100,23 +122,37 @@ def is_recording() -> bool:
     return get_proxy_mode() is not None
 
 
-class _KnownRanges(TorchFunctionMode):
-    """Leaves ``torch.arange`` and what is computed from nothing else unrecorded: a loop over a range may then ask for
-    its values, which are the program's and not its inputs'."""
+class _Values(TorchFunctionMode):
+    """What a function may know of the values of tensors while it is recorded.
+
+    ``torch.arange`` and what is computed from nothing else stay unrecorded: a loop over a range may then ask for its
+    values, which are the program's and not its inputs'. To take the values out of any other tensor in a way that a
+    recording does not see, as ``numpy()`` does, is an error: they would stay what they are now. Out of a tensor that
+    the function closed over they may be taken, like the tensor itself, and it is kept in :attr:`read_constants`.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.read_constants: list[Tensor] = []
         self._known: dict[int, Tensor] = {}  # by id, and kept alive so that no other tensor gets it
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if func is not torch.arange and not (tensors and all(id(tensor) in self._known for tensor in tensors)):
-            return func(*args, **kwargs)
-        with disable_proxy_modes_tracing():
-            result = func(*args, **kwargs)
-        self._known.update({id(leaf): leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)})
-        return result
+        if func is torch.arange or (tensors and all(id(tensor) in self._known for tensor in tensors)):
+            with disable_proxy_modes_tracing():
+                result = func(*args, **kwargs)
+            self._known.update({id(leaf): leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)})
+            return result
+        if func in _READS:
+            self._check_read(func.__name__, args[0])
+        return func(*args, **kwargs)
+
+    def _check_read(self, name: str, tensor: Tensor) -> None:
+        mode = get_proxy_mode()
+        if mode is not None and has_proxy_slot(tensor, mode.tracer):
+            raise RuntimeError(f"{name}() takes the values out of a tensor that depends on latents or arguments")
+        self.read_constants.append(tensor)
 
 
 class _Simplifier:
@@ -137,6 +173,8 @@ class _Simplifier:
             return
         if node.target is aten.select_scatter.default:
             node = self._select_scatter(node)
+        elif node.target is aten.slice_scatter.default:
+            self._count_from_front(node)
         source = self._unchanged(node)
         if source is not None:
             _replace(node, source)
@@ -215,6 +253,14 @@ class _Simplifier:
         _replace(node, result)
         return result
 
+    def _count_from_front(self, node: fx.Node) -> None:
+        """Write the ends of a ``slice_scatter`` from the front: ``vmap`` takes no negative ones."""
+        target, source, *rest = cast("tuple[Any, ...]", node.args)
+        given = dict(zip(("dim", "start", "end", "step"), rest))
+        dim, step = given.get("dim", 0), given.get("step", 1)
+        start, end, _ = slice(given.get("start"), given.get("end")).indices(target.meta["val"].shape[dim])
+        node.args = (target, source, dim, start, end, step)
+
     def _drop_unread(self) -> None:
         for node in reversed(list(self.graph.nodes)):
             if node.op in ("call_function", "get_attr") and not node.users and node.target not in _CHECKS:
@@ -248,14 +294,14 @@ def _call(graph: fx.Graph, like: fx.Node, target: Any, *args: Any) -> fx.Node:
 
 
 def _bernoulli(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    """``BCE(z, y) = softplus(z) - y z``, for ``reduction="none"`` without weights; softplus(z) = z past z = 30, where
-    the difference is below float64's rounding of what it is added to."""
+    """``BCE(z, y) = softplus(z) - y z``, for ``reduction="none"`` without weights; softplus(z) = z past z = 40, where
+    the difference, exp(-z), is below float64's rounding of z."""
     weights, reduction = node.args[2:4], node.args[4] if len(node.args) > 4 else 1
     logits, y = node.args[:2]
     if any(weight is not None for weight in weights) or reduction != 0:
         return node
     with graph.inserting_before(node):
-        softplus = _call(graph, node, aten.softplus.default, logits, 1, 30)
+        softplus = _call(graph, node, aten.softplus.default, logits, 1, 40)
         product = _call(graph, node, aten.mul.Tensor, logits, y)
         return _call(graph, node, aten.sub.Tensor, softplus, product)
 

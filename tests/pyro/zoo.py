@@ -131,7 +131,7 @@ def simplex():
     return model, torch.tensor([[1.0, 2.0, 3.0], [4.0, 0.0, 2.0]])
 
 
-@animal("ordered; OrderedLogistic, which vmap refuses", ONLY_PLATE)
+@animal("ordered; OrderedLogistic, which vmap refuses unless captured", ("captured", *ONLY_PLATE))
 def ordered():
     def model(y):
         base = dist.Normal(torch.zeros(3), 1.0).to_event(1)
