@@ -26,7 +26,7 @@ from torch import Tensor, fx
 from torch.func import grad, grad_and_value, vjp, vmap
 
 from pyro_sivism.target.functorch import functorch_ready
-from pyro_sivism.target.graph import constants, is_random, record, simplify
+from pyro_sivism.target.graph import constants, has_detach, is_random, record, simplify
 from pyro_sivism.target.runs import ModelRuns
 
 __all__ = ["CaptureError", "CapturedDensity"]
@@ -57,10 +57,12 @@ class CapturedDensity:
     def __init__(self, runs: ModelRuns, x: Tensor, *, in_plate: bool = False) -> None:
         self._runs, self._in_plate = runs, in_plate
         self._versions: list[tuple[Tensor, int]] = []
+        self._has_detach = False
         self._stored_params: dict[str, Tensor] = {}
         self._batch_graphs: dict[tuple, fx.GraphModule] = {}
         self._uses: Counter[tuple] = Counter()
         self._plates: dict[int, fx.GraphModule] = {}
+        runs.params(x)  # one that the store does not have yet is made by this run, and is not part of the graph
         if not in_plate:
             self._one = self._record_model(runs.one, x)
 
@@ -105,7 +107,8 @@ class CapturedDensity:
             if self._uses[key] < _MIN_USES:
                 return function
             with _recording():
-                self._batch_graphs[key] = simplify(record(function, x.detach(), *inputs))
+                graph = record(function, x.detach(), *inputs)
+            self._batch_graphs[key] = simplify(graph, keep_detach=self._has_detach)
         return self._batch_graphs[key]
 
     def _batch_function(self, what: str, x: Tensor) -> Function:
@@ -144,7 +147,9 @@ class CapturedDensity:
         self._versions += [(tensor, tensor._version) for tensor in held if not tensor.requires_grad]
         stored = pyro.get_param_store().named_parameters()
         self._stored_params |= {name: leaf for name, leaf in stored if any(leaf is tensor for tensor in held)}
-        return simplify(graph, keep_detach=True)
+        simplify(graph, keep_detach=True)
+        self._has_detach |= has_detach(graph)
+        return graph
 
 
 @contextmanager
