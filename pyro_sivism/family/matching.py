@@ -63,15 +63,15 @@ def match(
     """At most ``num_steps`` batches, each followed by an update by ``rule``; ended where the fit is exact.
 
     An update after which the ELBO is lower, beyond its error, is taken back and tried again at a third of its
-    regularization. A target that is not Gaussian leaves every update noisy, by its few draws: the mean and
-    covariance of the last half of them are averaged then, where the covariance is dense.
+    regularization, and of 1 at most. A target that is not Gaussian leaves every update noisy, by its few draws: the
+    mean and covariance of the last half of them are averaged then, where the covariance is dense.
 
     Args:
         regularization: lambda of the first update; update t has a t-th of it, so that the updates average the batches.
         guards: counts, by kind, how often an update was shortened or taken back.
     """
     current, candidate, batch = affine, affine, None
-    damping, last_discrepancy = 1.0, math.inf
+    bound, last_discrepancy = math.inf, math.inf
     average = _Average() if affine.is_dense else None
     for step in range(num_steps):
         target.resample_minibatch()
@@ -82,11 +82,11 @@ def match(
             continue
         if batch is None or _no_worse(new, batch, target.noise):
             current, batch = candidate, new
-            damping = min(1.0, 2.0 * damping)
+            bound *= 2.0
         else:
-            damping /= 3.0
+            bound = min(bound, 1.0) / 3.0
             guards["update_taken_back"] += 1
-        candidate, guarded = rule(current, batch.y, batch.score, damping * regularization / (step + 1.0))
+        candidate, guarded = rule(current, batch.y, batch.score, min(bound, regularization / (step + 1.0)))
         guards.update(guarded)
         if _STILL_FALLING * last_discrepancy < batch.discrepancy < _GAUSSIAN:
             return candidate

@@ -23,6 +23,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution, Independent
 
 from pyro_sivism.errors import ArgumentError
 from pyro_sivism.family.affine import AffineMap, TargetDensity
@@ -108,6 +109,15 @@ class FixedGaussian:
     """A preconditioner that is given: a mean and a covariance (or a vector of variances).
 
     ``FixedGaussian(torch.zeros(D), torch.ones(D))`` leaves the unconstrained space as it is.
+
+    Raises:
+        ArgumentError: shapes that do not fit, or a covariance that is not finite and positive definite.
+
+    Example:
+
+        >>> given = FixedGaussian.from_distribution(torch.distributions.Normal(torch.zeros(3), torch.tensor(2.0)))
+        >>> given.affine.variances.tolist()
+        [4.0, 4.0, 4.0]
     """
 
     def __init__(self, loc: Tensor, covariance: Tensor) -> None:
@@ -125,6 +135,17 @@ class FixedGaussian:
         if not (positive and bool(loc.isfinite().all()) and bool(scale_tril.isfinite().all())):
             raise ArgumentError("expected a finite mean, and a covariance that is finite and positive definite")
         self.affine = AffineMap(loc.detach().double(), scale_tril)
+
+    @classmethod
+    def from_distribution(cls, distribution: Distribution) -> FixedGaussian:
+        """The mean and covariance of a distribution over R^D, its variances where it has no ``covariance_matrix``.
+
+        The posterior of a Gaussian autoguide over the unconstrained latents is one, if it orders them alike.
+        """
+        while isinstance(distribution, Independent):
+            distribution = distribution.base_dist
+        covariance = getattr(distribution, "covariance_matrix", None)
+        return cls(distribution.mean, distribution.variance if covariance is None else covariance)
 
     def fit(self, target: TargetDensity, starts: Tensor) -> GaussianFit:
         if target.dim != self.affine.loc.shape[0]:

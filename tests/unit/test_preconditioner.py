@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 from torch import Tensor
-from torch.distributions import MultivariateNormal, kl_divergence
+from torch.distributions import Independent, MultivariateNormal, Normal, kl_divergence
 
 from pyro_sivism.errors import ArgumentError
 from pyro_sivism.family import AffineMap, BatchAndMatch, FixedGaussian, GaussianFit
@@ -393,6 +393,16 @@ def test_fixed_gaussian_asks_nothing_of_the_target(covariance):
     assert got.num_evaluations == p.num_evaluations == 0
     assert math.isnan(got.elbo)
     assert got.path_ends.shape == (0, 2)
+
+
+def test_fixed_gaussian_from_a_distribution():
+    covariance = random_covariance(3)
+    dense = FixedGaussian.from_distribution(MultivariateNormal(torch.ones(3), covariance))
+    torch.testing.assert_close(dense.affine.covariance, covariance)
+    normal = Independent(Normal(torch.arange(3.0), torch.tensor([1.0, 2.0, 3.0])), 1)
+    diagonal = FixedGaussian.from_distribution(normal)
+    torch.testing.assert_close(diagonal.affine.covariance, torch.tensor([1.0, 4.0, 9.0]))
+    torch.testing.assert_close(diagonal.affine.loc, torch.arange(3.0))
 
 
 @pytest.mark.parametrize(
