@@ -109,8 +109,8 @@ def test_noise_makes_no_directions():
     dim, affine = 400, AffineMap(torch.zeros(400), torch.ones(400))
     y = torch.randn(64, dim)
     updated, _ = LowRankMatch(16)(affine, y, -y + 0.3 * torch.randn(64, dim), EXACT)
-    # On the draws that chose them the directions would have explained noise of .3 sqrt(400 / 64) = .75. The diagonal has
-    # an error of .3 / sqrt(64) a coordinate, here bounded at 6 of them.
+    # On the draws that chose them the directions would have explained noise of .3 sqrt(400 / 64) = .75. The diagonal
+    # has an error of .3 / sqrt(64) = .0375 a coordinate, here bounded at 6 of them.
     assert updated.rank <= 2
     root = updated.linear(torch.eye(dim))
     singular = torch.linalg.svdvals(root)
