@@ -7,7 +7,7 @@ Every row takes draws from a toy posterior, or the reference draws of a real one
 for two verdicts: ``quick`` from draws and scores alone, and ``full`` with the chains and the search for modes. Nothing
 is fitted, except by ``gaussian fit``, which draws from the Gaussian that batch and match finds.
 
-Errors are population values, from 100,000 draws of either side (from the given draws for real posteriors):
+Errors are population values, from 50,000 draws of either side (from the given draws for real posteriors):
 
     error   the largest |difference of means| / sd and |log2 ratio of sds| over the coordinates whose sd is finite
     along   the same over all directions: what a wrong correlation leaves the coordinates right about
@@ -45,7 +45,7 @@ from pyro_sivism.layout import LatentLayout
 from pyro_sivism.target import Target
 
 LEVELS = ("good", "suspect", "bad")
-NUM_TRUTH, QUANTILES = 100_000, torch.arange(0.1, 1.0, 0.1, dtype=torch.double)
+NUM_TRUTH, QUANTILES = 50_000, torch.arange(0.1, 1.0, 0.1, dtype=torch.double)
 DOUBLE = torch.double
 
 

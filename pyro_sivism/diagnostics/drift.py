@@ -33,6 +33,7 @@ _TRAJECTORY_TIME = 0.5 * math.pi
 _MAX_LEAPFROG_STEPS = 12
 _NUM_PILOTS = 128
 _MAX_HALVINGS = 6
+_MIN_TRAJECTORIES, _FORGOTTEN = 2, 0.4  # chains stop when no coordinate is correlated more with its start
 _WANTED_ACCEPTANCE = 0.7
 # Correlations above this are taken for it: what slower coordinates would change by is not extrapolated further.
 _MAX_CORRELATION = 0.75
@@ -59,13 +60,13 @@ class DriftStatistics:
     num_draws: int
 
 
-def drift_statistics(target: TargetDensity, x: Tensor, *, num_trajectories: int = 2) -> DriftStatistics:
+def drift_statistics(target: TargetDensity, x: Tensor, *, max_trajectories: int = 6) -> DriftStatistics:
     """Errors of q's moments from where short chains take its draws ``x (N, D)``.
 
     Args:
         target: the log density and score that x lives in; exact, not a random minibatch.
         x: independent draws of q, at least 50; 1,024 give standard errors of .05 sds, at about 20 evaluations a draw.
-        num_trajectories: trajectories per draw.
+        max_trajectories: trajectories per draw, at most; two are enough where they forget their start.
 
     Raises:
         ArgumentError: too few draws, or a coordinate does not vary.
@@ -93,19 +94,22 @@ def drift_statistics(target: TargetDensity, x: Tensor, *, num_trajectories: int 
         frame.affine.pull_back(score[finite].double()),
     )
     step_size, num_steps, num_evaluations = _tune(whitened, start)
-    end, acceptance = start, x.new_zeros(())
-    for _ in range(num_trajectories):
+    num_evaluations += len(finite)
+    before, end = frame.along_coordinates(start.y), start
+    acceptances: list[float] = []
+    while len(acceptances) < max_trajectories:
         end, accepted = _trajectory(whitened, end, step_size, num_steps)
-        acceptance += accepted.mean() / num_trajectories
-    num_evaluations += len(finite) + num_trajectories * num_steps * len(x)
-
-    before, after = frame.along_coordinates(start.y), frame.along_coordinates(end.y)
+        acceptances.append(accepted.mean().item())
+        num_evaluations += num_steps * len(x)
+        after = frame.along_coordinates(end.y)
+        if len(acceptances) >= _MIN_TRAJECTORIES and _correlation(before, after).max() < _FORGOTTEN:
+            break
     direction = None if frame.directions is None else _worst_direction(frame, start.y, end.y)
     return DriftStatistics(
         coordinates=_moment_errors(before, after),
         direction=direction,
         correlation=_correlation(before, after),
-        acceptance=acceptance.item(),
+        acceptance=sum(acceptances) / len(acceptances),
         num_evaluations=num_evaluations,
         num_draws=len(x),
     )

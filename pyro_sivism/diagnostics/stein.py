@@ -47,7 +47,7 @@ from pyro_sivism.diagnostics.moments import (
 __all__ = ["SteinStatistics", "WorstDirection", "stein_statistics"]
 
 _LONG_TAILS, _SCORING_MARGIN = 10.0, 1.5  # a kurtosis, 3 for a Gaussian; how much more scoring must be sure of
-_MIN_DRAWS_PER_VARIATE = 8
+_MIN_DRAWS_PER_VARIATE, _RIDGE = 8, 1e-9
 _LEAST_INFORMATION = 0.5  # of a scale, E_p[T^2]: what a Cauchy p has; lighter tails have more
 
 
@@ -55,7 +55,7 @@ _LEAST_INFORMATION = 0.5  # of a scale, E_p[T^2]: what a Cauchy p has; lighter t
 class WorstDirection:
     """The direction, not necessarily a coordinate, in which q's second moments are furthest off.
 
-    It is found on every other draw and judged on the rest, so that its error is not the largest of many.
+    It is found by half of the draws and judged by the rest, so that its error is not the largest of many.
 
     Attributes:
         loadings: how much a move along it changes each coordinate of x, in q's sds, (D,).
@@ -114,27 +114,32 @@ def stein_statistics(x: Tensor, score: Tensor, *, num_blocks: int = 1) -> SteinS
     y, s = frame.affine.inverse(x), frame.affine.pull_back(score)
     coordinate = frame.along_coordinates(y)
     quadratic = 1.0 + coordinate * frame.along_coordinates(s)
-    if frame.directions is None:
-        variates = torch.stack([s, quadratic], -1)  # (N, D, 2): each coordinate has its own two
-        coordinates = _moment_errors(coordinate, quadratic, variates.transpose(0, 1), num_blocks)
-        direction = None
-    else:
-        variates = _polynomial_variates(y, s, quadratic)[None]
-        coordinates = _moment_errors(coordinate, quadratic, variates, num_blocks)
-        direction = _worst_direction(frame, y, s, num_blocks)
+    variates = _variates(frame, y, s, quadratic)
     return SteinStatistics(
-        coordinates, direction, s.mean(0), standard_error(s, num_blocks), len(x), len(finite) - len(x)
+        coordinates=_moment_errors(coordinate, quadratic, variates, num_blocks),
+        direction=None if frame.directions is None else _worst_direction(frame, y, s, num_blocks),
+        mean_score=s.mean(0),
+        mean_score_se=standard_error(s, num_blocks),
+        num_draws=len(x),
+        num_nonfinite=len(finite) - len(x),
     )
 
 
-def _polynomial_variates(y: Tensor, s: Tensor, quadratic: Tensor) -> Tensor:
-    """The control variates of all linear and quadratic functions of y, (N, K), or with the given quadratic ones."""
+def _variates(frame: Frame, y: Tensor, s: Tensor, quadratic: Tensor) -> Tensor:
+    """The control variates, (1, N, K) for all coordinates, or (D, N, 2) where each has its own two.
+
+    Those of all linear and quadratic functions of y; where the draws are too few, with the given quadratic ones alone,
+    or each coordinate on its own.
+    """
     num_draws, dim = y.shape
+    affordable = num_draws // _MIN_DRAWS_PER_VARIATE
+    if frame.directions is None or 2 * dim > affordable:
+        return torch.stack([frame.along_coordinates(s), quadratic], -1).transpose(0, 1)
     rows, columns = torch.triu_indices(dim, dim, device=y.device)
-    if _MIN_DRAWS_PER_VARIATE * (dim + len(rows)) > num_draws:
-        return torch.cat([s, quadratic], -1)
+    if dim + len(rows) > affordable:
+        return torch.cat([s, quadratic], -1)[None]
     products = 0.5 * (y[:, rows] * s[:, columns] + y[:, columns] * s[:, rows]) + (rows == columns).to(y.dtype)
-    return torch.cat([s, products], -1)
+    return torch.cat([s, products], -1)[None]
 
 
 def _moment_errors(values: Tensor, quadratic: Tensor, variates: Tensor, num_blocks: int) -> MomentErrors:
@@ -142,14 +147,7 @@ def _moment_errors(values: Tensor, quadratic: Tensor, variates: Tensor, num_bloc
     has_long_tails = values.pow(4).mean(0) > _LONG_TAILS
     values = values.clamp(-CUT_OFF, CUT_OFF)
     goals = values[None] if len(variates) == 1 else values.T[..., None]  # (groups, N, goals)
-    goals = torch.cat([goals, goals.square()], -1)
-    centered = variates - variates.mean(1, keepdim=True)
-    gram = centered.mT @ centered
-    ridge = 1e-9 * gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
-    gram = gram + torch.diag_embed(ridge.expand(gram.shape[:-1]))  # two variates may be one and the same
-    coefficients = torch.linalg.solve(gram, centered.mT @ (goals - goals.mean(1, keepdim=True)))
-    fitted = (variates @ coefficients).transpose(0, 1)  # (N, groups, goals)
-    first, second = (part.flatten(1) for part in (-fitted).chunk(2, -1))
+    first, second = (part.flatten(1) for part in _fitted_changes(goals, variates).chunk(2, -1))
     d1, d1_se = first.mean(0), standard_error(first, num_blocks)
     d2, d2_se = second.mean(0), standard_error(second, num_blocks)
     scored = 2.0 * quadratic / quadratic.square().mean(0).clamp(min=_LEAST_INFORMATION)
@@ -159,20 +157,40 @@ def _moment_errors(values: Tensor, quadratic: Tensor, variates: Tensor, num_bloc
     return MomentErrors.from_changes(d1, d1_se, d2, d2_se)
 
 
+def _fitted_changes(goals: Tensor, variates: Tensor) -> Tensor:
+    """``- sum_k beta_k T_k`` for the goals and for their squares, (N, groups, 2 goals).
+
+    The coefficients of one half of the draws are applied to the other: fitted to the draws that they are applied to,
+    hundreds of skewed variates would find a change where there is none.
+    """
+    goals = torch.cat([goals, goals.square()], -1)
+    halves = list(zip(goals.tensor_split(2, 1), variates.tensor_split(2, 1)))
+    changes = []
+    for (goal, variate), (_, other) in zip(halves, halves[::-1]):
+        centered = variate - variate.mean(1, keepdim=True)
+        gram = centered.mT @ centered
+        ridge = _RIDGE * gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+        gram = gram + torch.diag_embed(ridge.expand(gram.shape[:-1]))  # two variates may be one and the same
+        coefficients = torch.linalg.solve(gram, centered.mT @ (goal - goal.mean(1, keepdim=True)))
+        changes.append(-(other @ coefficients).transpose(0, 1))
+    return torch.cat(changes[::-1])
+
+
 def _sure(change: Tensor, se: Tensor) -> Tensor:
     return (change.abs() - NUM_STANDARD_ERRORS * se).clamp(min=0.0)
 
 
 def _worst_direction(frame: Frame, y: Tensor, s: Tensor, num_blocks: int) -> WorstDirection:
-    """The direction in which ``E_p[y y']`` is furthest from q's, I, by every other draw; judged on the rest.
+    """The direction in which ``E_p[y y']`` is furthest from q's, I, by half of the draws; judged on the other half.
 
     To first order ``E_p[y y'] - I = E_q[s y'] + I + m m'``, symmetrized, with ``m = E_q[s]`` the shift of the mean.
     """
-    product, mean = s[::2].T @ y[::2] / len(y[::2]), s[::2].mean(0)
+    (y, y_judge), (s, s_judge) = y.tensor_split(2), s.tensor_split(2)
+    product, mean = s.T @ y / len(y), s.mean(0)
     change = 0.5 * (product + product.T) + torch.eye(y.shape[1], dtype=y.dtype, device=y.device)
     eigenvalues, vectors = torch.linalg.eigh(change + mean[:, None] * mean)
     v = vectors[:, eigenvalues.abs().argmax()]
-    value, slope = (values[1::2] @ v[:, None] for values in (y, s))
+    value, slope = y_judge @ v[:, None], s_judge @ v[:, None]
     quadratic = 1.0 + value * slope
-    errors = _moment_errors(value, quadratic, torch.cat([slope, quadratic], -1)[None], num_blocks)
+    errors = _moment_errors(value, quadratic, torch.cat([slope, quadratic], -1)[None], max(1, num_blocks // 2))
     return WorstDirection(frame.loadings(v), errors)

@@ -230,7 +230,7 @@ def test_second_minibatch_takes_the_noise_out_of_the_divergence():
 def test_chains_find_the_moments_of_a_gaussian():
     p, loc, root = gaussian_problem()
     x = loc + torch.randn(4000, DIM) @ root.T
-    found = drift_statistics(p, x, num_trajectories=4)
+    found = drift_statistics(p, x)
     sd, q_sd = p.covariance.diagonal().sqrt(), root.norm(dim=-1)
     # What is not forgotten in four trajectories is extrapolated linearly, which is good to a tenth of the error.
     mean, log2_sd = (loc - p.loc) / sd, (q_sd / sd).log2()
