@@ -2,8 +2,9 @@
 
 from pyro_sivism.family.affine import AffineMap, TargetDensity, WhitenedTarget
 from pyro_sivism.family.conditionals import Conditional, DiagonalNormal, LowRankNormal
+from pyro_sivism.family.gaussian_fit import GaussianFit
 from pyro_sivism.family.networks import MLP, ScoreNetwork
-from pyro_sivism.family.preconditioner import BatchAndMatch, FixedGaussian, GaussianFit, Preconditioner
+from pyro_sivism.family.preconditioner import BatchAndMatch, FixedGaussian, Preconditioner
 from pyro_sivism.family.semi_implicit import LogDensityEstimate, SemiImplicit, SemiImplicitSample
 
 __all__ = [
