@@ -33,6 +33,7 @@ __all__ = ["CaptureError", "CapturedDensity"]
 
 # Recording a batch's graph costs as much as a few dozen evaluations, so the first few of a batch size go without.
 _MIN_USES = 3
+_MAX_BATCH_GRAPHS = 32  # past it, batches of other sizes go without, as when a few particles are left out each time
 
 Function = Callable[..., "Tensor | tuple[Tensor, Tensor]"]
 
@@ -61,6 +62,7 @@ class CapturedDensity:
         self._stored_params: dict[str, Tensor] = {}
         self._batch_graphs: dict[tuple, fx.GraphModule] = {}
         self._uses: Counter[tuple] = Counter()
+        self._unused: set[tuple] = set()
         self._plates: dict[int, fx.GraphModule] = {}
         runs.params(x)  # one that the store does not have yet is made by this run, and is not part of the graph
         if not in_plate:
@@ -74,14 +76,16 @@ class CapturedDensity:
             stored.get(name) is not leaf for name, leaf in self._stored_params.items()
         )
 
-    @property
-    def num_graphs(self) -> int:
-        """How many batch graphs have been recorded."""
-        return len(self._batch_graphs)
-
     def graph(self, what: str, num_particles: int) -> fx.GraphModule | None:
         """The graph that evaluates such a batch, if it has been recorded."""
         return self._batch_graphs.get((what, num_particles))
+
+    def is_first_use(self, what: str, num_particles: int, differentiable: bool) -> bool:
+        """Whether the graph for such a batch is there, and this was not asked before."""
+        use = what, num_particles, differentiable
+        is_first = use in self._unused
+        self._unused.discard(use)
+        return is_first
 
     def evaluate(self, what: str, x: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
         """``log p(x)`` (B,) and ``grad log p(x)`` (B, D) at points (B, D), or one of them and None.
@@ -104,11 +108,12 @@ class CapturedDensity:
         if key not in self._batch_graphs:
             function = self._batch_function(what, x)
             self._uses[key] += 1
-            if self._uses[key] < _MIN_USES:
+            if self._uses[key] < _MIN_USES or len(self._batch_graphs) >= _MAX_BATCH_GRAPHS:
                 return function
             with _recording():
                 graph = record(function, x.detach(), *inputs)
             self._batch_graphs[key] = simplify(graph, keep_detach=self._has_detach)
+            self._unused |= {(*key, differentiable) for differentiable in (False, True)}
         return self._batch_graphs[key]
 
     def _batch_function(self, what: str, x: Tensor) -> Function:

@@ -10,7 +10,20 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["Allocations", "TargetPath", "agree", "first_line", "with_autograd"]
+__all__ = [
+    "PARTICLE_ERRORS",
+    "Allocations",
+    "TargetPath",
+    "agree",
+    "direction",
+    "first_line",
+    "values_at",
+    "with_autograd",
+]
+
+# What a distribution or a factorization raises at a bad point: ValueError from validation that the user switched on
+# for one distribution, LinAlgError (a RuntimeError), or torch.func refusing to word either of them.
+PARTICLE_ERRORS = (RuntimeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -37,6 +50,25 @@ def with_autograd(fn: Callable[[Tensor], Tensor], x: Tensor, with_score: bool) -
             return log_density, torch.zeros_like(point)
         (score,) = torch.autograd.grad(log_density.sum(), point, create_graph=differentiable, materialize_grads=True)
     return (log_density, score) if differentiable else (log_density.detach(), score)
+
+
+def values_at(log_density: Callable[[Tensor], Tensor], point: Tensor, differentiable: bool) -> dict[str, Tensor]:
+    """The log density of one point, its score, and where wanted the score's derivative along :func:`direction`."""
+    with torch.enable_grad():
+        x = point.clone().requires_grad_(differentiable)
+        with torch.set_grad_enabled(differentiable):
+            value, score = with_autograd(log_density, x, True)
+        assert score is not None
+        found = {"log density": value.detach(), "score": score.detach()}
+        if differentiable:
+            (product,) = torch.autograd.grad(score @ direction(point), x, materialize_grads=True)
+            found["score's derivative"] = product
+    return found
+
+
+def direction(point: Tensor) -> Tensor:
+    """A fixed direction without zeros, of the shape of a point (D,)."""
+    return torch.cos(torch.arange(len(point), dtype=point.dtype, device=point.device))
 
 
 def agree(got: Tensor | None, want: Tensor | None, slack: Tensor | float = 0.0) -> bool:

@@ -1,0 +1,135 @@
+"""The captured graphs for arguments of one signature, and the checks of their replays against the model.
+
+A graph knows nothing of what the model reads beside its inputs, and a recording may miss what a model does in Python.
+So a replay is compared with a run of the model at one of its points: at the first use of every graph, with and without
+derivatives; when the arguments or the minibatch have changed for the first time; whenever arguments whose contents
+nobody can compare are passed again; and after every hundred replays.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from pyro_sivism.errors import ModelError
+from pyro_sivism.target.capture import CapturedDensity, CaptureError
+from pyro_sivism.target.paths import PARTICLE_ERRORS, agree, direction, values_at
+from pyro_sivism.target.runs import ModelRuns
+
+__all__ = ["Replays"]
+
+_MAX_RECORDINGS = 8  # of one signature, for different values of what a graph holds as constants
+_CHECK_EVERY = 100
+
+
+class Replays:
+    """Captures of a model along the captured paths, made when they are needed.
+
+    Args:
+        runs: the model, bound to its arguments, which may be replaced by others of the same signature.
+        init: a point ``(D,)``, for shape and dtype.
+
+    Attributes:
+        inputs: tensors to read in the place of ``runs.inputs``, or None.
+        is_check_due: whether the next replay is to be compared with the model.
+        num_unchecked: replays since one was last compared, itself included.
+    """
+
+    def __init__(self, runs: ModelRuns, init: Tensor) -> None:
+        self._runs, self._init = runs, init
+        self._captures: dict[Any, CapturedDensity] = {}
+        self._num_recordings = 0
+        self._num_replays: Counter[bool] = Counter()
+        self._has_seen_change = False
+        self.inputs: Sequence[Tensor] | None = None
+        self.is_check_due = False
+        self.num_unchecked = 0
+
+    def evaluate(self, path: str, what: str, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Log densities and scores, as :meth:`CapturedDensity.evaluate`, by the graphs for the arguments at hand.
+
+        Raises:
+            CaptureError: no graph can be had.
+            Exception: what the model raises while it is recorded, or at a point where it cannot be evaluated.
+        """
+        captured = self._capture(path)
+        return captured.evaluate(what, x, self._runs.inputs if self.inputs is None else self.inputs)
+
+    def graph(self, path: str, what: str, num_particles: int) -> fx.GraphModule | None:
+        """The graph that such a batch is evaluated by; None where there is none."""
+        captured = self._captures.get((path, self._runs.arguments.frozen))
+        return None if captured is None or captured.is_stale else captured.graph(what, num_particles)
+
+    def clear(self) -> None:
+        """Forget all graphs."""
+        self._captures.clear()
+
+    def note_change(self) -> None:
+        """Other arguments or another minibatch are evaluated from now on."""
+        if not self._has_seen_change:
+            self._has_seen_change = self.is_check_due = True
+
+    def _capture(self, path: str) -> CapturedDensity:
+        key = path, self._runs.arguments.frozen
+        captured = self._captures.get(key)
+        if captured is None or captured.is_stale:
+            if self._num_recordings >= _MAX_RECORDINGS:
+                raise CaptureError("numbers or arrays that the graph holds keep changing")
+            self._num_recordings += 1
+            captured = CapturedDensity(self._runs, self._init, in_plate=path == "captured_plate")
+            self._captures[key] = captured
+        return captured
+
+    # --- checks -------------------------------------------------------------------------------------
+
+    def find_fault(
+        self, path: str, what: str, x: Tensor, log_density: Tensor | None, score: Tensor | None
+    ) -> str | None:
+        """What is wrong with a replay, in words; None if nothing, or if it was not its turn to be looked at."""
+        differentiable = score is not None and score.requires_grad
+        self._num_replays[differentiable] += 1
+        self.num_unchecked += 1
+        is_new = self._capture(path).is_first_use(what, len(x), differentiable)
+        if not (is_new or self.is_check_due or self._num_replays[differentiable] % _CHECK_EVERY == 0):
+            return None
+        self.is_check_due = False
+        fault = self._compare(x, log_density, score, row=self._num_replays.total() % len(x))
+        if fault is None:
+            self.num_unchecked = 0
+        return fault
+
+    def _compare(self, x: Tensor, log_density: Tensor | None, score: Tensor | None, row: int) -> str | None:
+        """What is wrong with the values found at one point of a batch.
+
+        Where the density is ill-conditioned two right ways to compute it differ; the difference that a nudge of the
+        point by a few roundings makes is allowed on top.
+        """
+        point = x[row].detach()
+        differentiable = score is not None and score.requires_grad
+        try:
+            want = values_at(self._runs.one, point, differentiable)
+            nudged = values_at(self._runs.one, point * (1 + 8 * torch.finfo(x.dtype).eps), differentiable)
+        except ModelError:
+            raise
+        except PARTICLE_ERRORS:
+            return None
+        got = {"log density": log_density, "score": score}
+        if score is not None and score.requires_grad:
+            along = score[row] @ direction(point)
+            (got["score's derivative"],) = torch.autograd.grad(along, x, retain_graph=True, materialize_grads=True)
+        for name, values in got.items():
+            if values is None:
+                continue
+            slack = (10 * (nudged[name] - want[name]).abs()).nan_to_num(nan=torch.inf)
+            if not agree(values[row].detach(), want[name], slack):
+                return f"the {name} at one draw is {_number(values[row])}, the model's {_number(want[name])}"
+        return None
+
+
+def _number(value: Tensor) -> str:
+    """A scalar, or the norm of a vector, for a message."""
+    return f"{value.item():.6g}" if value.dim() == 0 else f"of norm {value.norm().item():.6g}"
