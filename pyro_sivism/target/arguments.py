@@ -13,6 +13,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 __all__ = ["Arguments"]
 
+_FROZEN = (float, np.floating, np.ndarray)
+_VALUES = (int, np.integer, np.bool_, str, type(None), torch.dtype, torch.device)
+
 
 class Arguments:
     """``args`` and ``kwargs`` of a call, with nested lists, tuples and dicts flattened into leaves.
@@ -31,9 +34,10 @@ class Arguments:
         self._leaves, self._structure = tree_flatten((tuple(args), dict(kwargs or {})))
         self.tensors = [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
         self.signature = (str(self._structure), *(_kind(leaf) for leaf in self._leaves))
-        self.frozen = tuple(_content(leaf) for leaf in self._leaves if isinstance(leaf, float | np.ndarray))
-        known = (Tensor, np.ndarray, float, int, str, type(None), torch.dtype, torch.device)
-        self.has_opaque = not all(isinstance(leaf, known) for leaf in self._leaves)
+        self.frozen = tuple(
+            _content(leaf) for leaf in self._leaves if isinstance(leaf, _FROZEN) and not _is_opaque(leaf)
+        )
+        self.has_opaque = any(_is_opaque(leaf) for leaf in self._leaves)
 
     def rebuild(self, tensors: Sequence[Tensor]) -> tuple[tuple, dict[str, Any]]:
         """``args`` and ``kwargs`` with other tensors in the place of :attr:`tensors`."""
@@ -46,19 +50,23 @@ class Arguments:
         return len(self._leaves) == len(other._leaves) and all(a is b for a, b in zip(self._leaves, other._leaves))
 
 
+def _is_opaque(leaf: Any) -> bool:
+    if isinstance(leaf, np.ndarray):
+        return type(leaf) is not np.ndarray or leaf.dtype.hasobject  # a subclass may have more, such as a mask
+    return not isinstance(leaf, (Tensor, *_FROZEN, *_VALUES))
+
+
 def _kind(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
         return leaf.shape, leaf.dtype, leaf.device
+    if _is_opaque(leaf):
+        return type(leaf), id(leaf)
     if isinstance(leaf, np.ndarray):
         return type(leaf), leaf.shape, leaf.dtype
-    if isinstance(leaf, float):
-        return float
-    return type(leaf), leaf if isinstance(leaf, int | str | type(None)) else id(leaf)
+    return type(leaf) if isinstance(leaf, _FROZEN) else (type(leaf), leaf)
 
 
-def _content(leaf: float | np.ndarray) -> Any:
-    if isinstance(leaf, float):
-        return leaf
-    if leaf.dtype == object:
-        return id(leaf)
-    return hashlib.blake2b(np.ascontiguousarray(leaf).data).digest()
+def _content(leaf: float | np.floating | np.ndarray) -> Any:
+    if not isinstance(leaf, np.ndarray):
+        return float(leaf)
+    return hashlib.blake2b(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data).digest()
