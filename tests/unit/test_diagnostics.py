@@ -209,6 +209,17 @@ def test_fisher_divergence_of_gaussians_at_any_scale_of_the_critic(scale):
     assert found.total_se < 0.1
 
 
+@pytest.mark.parametrize("with_second", [False, True])
+def test_fisher_divergence_of_a_wrong_scale(with_second):
+    """q = N(0, I) and p = N(0, 4 I): the difference is 3 x / 4, its mean square 9 / 16 a dimension."""
+    x, conditional = gaussian_mixture_of_normals(20_000)
+    noise = 0.3 * torch.randn(2, 40, 2).repeat_interleave(500, 1) if with_second else torch.zeros(2, 1, 1)
+    first, second = -0.25 * x + noise
+    found = fisher_statistics(x, first, -x, conditional, second_score=second, num_blocks=40 if with_second else 1)
+    assert abs(found.total - 18 / 16) < NUM_STANDARD_ERRORS * found.total_se
+    assert found.total_se < 0.15
+
+
 def test_fisher_divergence_is_none_where_the_critic_is_q_score_and_q_is_p():
     x, conditional = gaussian_mixture_of_normals(1000)
     found = fisher_statistics(x, -x, -x, conditional)
@@ -288,6 +299,27 @@ def test_modes_that_q_has_are_not_lost():
     assert found.lost == ()
     assert [mode.x[0].sign().item() for mode in found.modes] in ([1, -1], [-1, 1])
     # 1,000 draws and twice 1,000 proposals: 5 standard errors of about .02
+    assert found.weight_error < 0.1
+
+
+def test_maxima_without_a_valley_are_one_mode():
+    """At plus and minus 2.2 log p falls by 1.73 nats between the maxima, and by more than 2 at 2.5."""
+    for distance, num_modes in ((2.2, 1), (2.5, 2)):
+        x = torch.randn(1000, 1) + torch.where(torch.rand(1000, 1) < 0.5, distance, -distance)
+        assert len(find_modes(two_modes(distance, dim=1), x).modes) == num_modes
+
+
+def test_modes_of_different_widths_are_weighed_right():
+    """Half the mass in a normal of sd .3, half in one of sd 1; Student t proposals make of it 1/2 to about .02."""
+
+    def log_density(x):
+        narrow = -0.5 * ((x - 4.0) / 0.3).square().sum(-1) - 2.0 * math.log(0.3)
+        return torch.logaddexp(narrow, -0.5 * (x + 4.0).square().sum(-1))
+
+    left = torch.rand(2000, 1) < 0.5
+    noise = torch.randn(2000, 2)
+    found = find_modes(Density(2, log_density), torch.where(left, noise - 4.0, 0.3 * noise + 4.0))
+    assert [mode.share for mode in found.modes] == pytest.approx([0.5, 0.5], abs=0.1)
     assert found.weight_error < 0.1
 
 
