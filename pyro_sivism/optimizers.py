@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import pyro
 import torch
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 from pyro_sivism.errors import ArgumentError, NonFiniteError, OptimizerError
 
@@ -77,23 +79,46 @@ class _AdamStepper(Stepper):
     ) -> None:
         super().__init__(params)
         slow_ids = {id(p) for p in slow_params}
-        slow = [p for p in self.params.values() if id(p) in slow_ids]
-        rest = [p for p in self.params.values() if id(p) not in slow_ids]
-        groups = [{"params": rest, "lr": lr, "base_lr": lr}]
-        if slow:
-            groups.append({"params": slow, "lr": lr * slow_factor, "base_lr": lr * slow_factor})
-        self._optimizer = torch.optim.Adam(groups, lr=lr, betas=betas, fused=True)
+        values = list(self.params.values())
+        slow = [i for i, p in enumerate(values) if id(p) in slow_ids]
+        rest = [i for i, p in enumerate(values) if id(p) not in slow_ids]
+        self._groups = [(indices, rate) for indices, rate in ((rest, lr), (slow, lr * slow_factor)) if indices]
+        self._betas = betas
+        self._means = [torch.zeros_like(p, requires_grad=False) for p in values]
+        self._squares = [torch.zeros_like(p, requires_grad=False) for p in values]
+        self._counts = [torch.zeros((), dtype=torch.float32, device=p.device) for p in values]
 
-    def _step(self, lr_factor: float) -> None:
-        for group in self._optimizer.param_groups:
-            group["lr"] = group["base_lr"] * lr_factor
-        self._optimizer.step()
+    @torch.no_grad()
+    def step(self, gradients: Sequence[Tensor | None], lr_factor: float) -> None:
+        values = list(self.params.values())
+        for group, lr in self._groups:
+            moved = [(i, gradient) for i in group if (gradient := gradients[i]) is not None]
+            indices = [i for i, _ in moved]
+            # The function behind torch.optim.Adam: the object's bookkeeping takes a twentieth of a small step.
+            adam(
+                [values[i] for i in indices],
+                [gradient for _, gradient in moved],
+                [self._means[i] for i in indices],
+                [self._squares[i] for i in indices],
+                [],
+                [self._counts[i] for i in indices],
+                fused=True,
+                amsgrad=False,
+                beta1=self._betas[0],
+                beta2=self._betas[1],
+                lr=lr * lr_factor,
+                weight_decay=0.0,
+                eps=1e-8,
+                maximize=False,
+            )
 
     def state_dict(self) -> dict[str, Any]:
-        return self._optimizer.state_dict()
+        return {"means": self._means, "squares": self._squares, "counts": self._counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._optimizer.load_state_dict(state)
+        for name, own in self.state_dict().items():
+            for tensor, saved in zip(own, state[name]):
+                tensor.copy_(saved)
 
 
 class _TorchStepper(Stepper):
@@ -205,7 +230,7 @@ def make_stepper(
 
 
 def clip_gradients(gradients: Sequence[Tensor | None], max_norm: float, whose: str) -> list[Tensor | None]:
-    """The gradients scaled down to a total norm of ``max_norm``.
+    """The gradients, scaled down to a total norm of ``max_norm``.
 
     Raises:
         ArgumentError: there is no gradient at all.
@@ -217,14 +242,15 @@ def clip_gradients(gradients: Sequence[Tensor | None], max_norm: float, whose: s
             f"the loss of the {whose} depends on none of the {whose}'s parameters; expected a gradient for some. "
             "Check a custom critic, conditional or objective for a detach or no_grad."
         )
-    norms = [norm.double() for norm in torch._foreach_norm(present)]
-    norm = torch.linalg.vector_norm(torch.stack(norms))
-    if not bool(norm.isfinite()):
+    # In float64, where no square overflows; as a number, asked for once.
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(present)), dtype=torch.double).item()
+    if not math.isfinite(norm):
         raise NonFiniteError(
             f"the {whose}'s gradient is not finite; the {whose} was left as it is. Lower the learning rate, or check "
             "the model for overflow far from the posterior (float64 data often cures it)."
         )
     if norm <= max_norm:
         return list(gradients)
-    scale = max_norm / norm.item()
-    return [None if g is None else g * scale for g in gradients]
+    # Not in place: autograd may give one tensor as the gradient of two parameters, or an expanded one.
+    scaled = iter(torch._foreach_mul(present, max_norm / norm))
+    return [None if g is None else next(scaled) for g in gradients]

@@ -89,6 +89,10 @@ class Training:
             slow_params=getattr(critic, "input_parameters", list)(),
             slow_factor=recipe.input_lr_factor,
         )
+        # Walking the modules for them takes a tenth of a small step.
+        self._live_params: list[Tensor] = list(family.parameters())
+        self._averaged_params: list[Tensor] = list(averaged.parameters())
+        self._buffers = list(zip(averaged.buffers(), family.buffers()))
         self._compiled: CompiledGradients | None = None
         self._model_stepper: Stepper | None = None
         self._model_drift: dict[str, tuple[Tensor, Tensor]] = {}
@@ -250,8 +254,8 @@ class Training:
     def _average_weights(self) -> None:
         """Average the live weights into the reported ones: over few steps at first, about 100 later."""
         decay = min(self.recipe.averaging_decay, (1.0 + self.num_steps) / (10.0 + self.num_steps))
-        torch._foreach_lerp_(list(self.averaged.parameters()), list(self.family.parameters()), 1.0 - decay)
-        for averaged_buffer, live_buffer in zip(self.averaged.buffers(), self.family.buffers()):
+        torch._foreach_lerp_(self._averaged_params, self._live_params, 1.0 - decay)
+        for averaged_buffer, live_buffer in self._buffers:
             averaged_buffer.copy_(live_buffer)
 
     def _lr_factor(self) -> float:
