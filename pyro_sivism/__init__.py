@@ -6,6 +6,7 @@ idata = sivism.to_inference_data(data)
 """
 
 from pyro_sivism.checkpoint import Checkpoint
+from pyro_sivism.diagnostics import Verdict
 from pyro_sivism.distributed import Ranks
 from pyro_sivism.errors import SivismError, SivismWarning
 from pyro_sivism.family import BatchAndMatch, DiagonalNormal, FixedGaussian, LowRankNormal, ScoreNetwork
@@ -36,5 +37,6 @@ __all__ = [
     "SivismWarning",
     "StepInfo",
     "Target",
+    "Verdict",
     "__version__",
 ]

@@ -308,6 +308,7 @@ def _fit_attrs(sivism: SIVISM) -> dict[str, Any]:
         "objective": type(sivism.loss).__name__,
         "num_steps": sivism.num_steps_taken,
         "sampling_time": float(sum(seconds.values())),
+        **({} if sivism._verdict is None else sivism._verdict.as_dict()),
         **{f"seconds_{name}": float(value) for name, value in seconds.items()},
         "seed": str(torch.initial_seed()),
         "pyro_version": pyro.__version__,

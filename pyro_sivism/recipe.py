@@ -5,9 +5,13 @@ Measured on real posteriors. Every number is in the whitened space, where the fi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 __all__ = ["Recipe"]
+
+_STEPS_PER_DISTANCE = 5.0
+_MIN_STEPS = 300
 
 
 @dataclass(frozen=True)
@@ -15,7 +19,7 @@ class Recipe:
     """Settings of one fit.
 
     Attributes:
-        num_steps: guide steps of ``run(None)``.
+        max_steps: the most guide steps of ``run(None)``; see :meth:`steps_for`.
         num_particles: draws per batch, B.
         critic_steps: critic updates per guide update.
         critic_warmup_steps: critic updates before the first guide update.
@@ -30,7 +34,7 @@ class Recipe:
         init_scale, min_scale, max_scale: the conditional sd at the start, its floor and its ceiling.
     """
 
-    num_steps: int
+    max_steps: int
     num_particles: int
     critic_steps: int
     critic_warmup_steps: int
@@ -63,7 +67,7 @@ class Recipe:
         """
         small = dim <= 32
         return cls(
-            num_steps=1000 if small else 3000,
+            max_steps=3000 if small else 4000,
             num_particles=128,
             critic_steps=2 if small else 3,
             critic_warmup_steps=200,
@@ -74,6 +78,14 @@ class Recipe:
             input_lr_factor=min(1.0, 16.0 / dim),
             scale_depends_on_z=small,
         )
+
+    def steps_for(self, divergence: float) -> int:
+        """Guide steps of ``run(None)`` where the first q, a Gaussian, is at this Fisher divergence from the target.
+
+        In whitened units q has about ``sqrt(divergence)`` to go, and a step takes it about ``guide_lr`` further.
+        """
+        steps = _STEPS_PER_DISTANCE * math.sqrt(max(divergence, 0.0)) / self.guide_lr
+        return _clip(round(steps), _MIN_STEPS, self.max_steps) if math.isfinite(steps) else self.max_steps
 
 
 def _clip(value: int, low: int, high: int) -> int:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from pyro_sivism.diagnostics import Verdict
 from pyro_sivism.family import GaussianFit
 
 __all__ = ["FitResult", "StepInfo"]
@@ -43,6 +44,7 @@ class FitResult:
         interrupted: whether Ctrl-C or a callback ended the run early.
         preconditioner: the Gaussian the family started from; None where a trained guide or a saved fit went on.
         target_path: how scores are computed, and why.
+        verdict: whether q can be trusted; None after a run of under 100 steps, and on all ranks but the first.
     """
 
     num_steps: int
@@ -54,3 +56,4 @@ class FitResult:
     interrupted: bool
     preconditioner: GaussianFit | None
     target_path: str
+    verdict: Verdict | None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import numbers
 import os
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from pyro_sivism.assessment import assess, gaussian_divergence
 from pyro_sivism.checkpoint import write_atomically
+from pyro_sivism.diagnostics import Verdict
 from pyro_sivism.distributed import Ranks
 from pyro_sivism.errors import (
     ArgumentError,
@@ -24,6 +25,7 @@ from pyro_sivism.errors import (
     DistributedError,
     FitWarning,
     NotSetUpError,
+    SivismError,
     TargetPathWarning,
 )
 from pyro_sivism.family import BatchAndMatch, GaussianFit, Preconditioner, WhitenedTarget
@@ -35,6 +37,7 @@ from pyro_sivism.optimizers import OptimizerLike, check_optimizer
 from pyro_sivism.recipe import Recipe
 from pyro_sivism.results import FitResult, StepInfo
 from pyro_sivism.target import Target
+from pyro_sivism.target.anchored import AnchoredTarget
 from pyro_sivism.target.density import PATHS
 from pyro_sivism.target.starts import find_starts
 from pyro_sivism.training import Training
@@ -49,7 +52,9 @@ _MIN_STEPS_TO_JUDGE = 100
 _STEPS_BEFORE_COMPILING = 50  # until then the score's graph is recorded, and the time of a step known
 _COMPILED_SAVING = 0.3  # of a step's time; measured .3 to .5
 _COMPILE_SECONDS = 90.0  # cold, on one core; half of it is usual
-_MAX_MISMATCH = 1.0  # right fits measured below .2 a dimension, failed ones above 5
+_CURES = (
+    "Run more steps, standardize the data, use float64, or reparametrize the model; or use its draws to start NUTS."
+)
 
 
 class SIVISM:
@@ -150,7 +155,9 @@ class SIVISM:
         self._ranks, self._last_save = ranks, ""
         self._training: Training | None = None
         self._target: Target | None = None
+        self._anchored: AnchoredTarget | None = None
         self._gaussian_fit: GaussianFit | None = None
+        self._verdict: Verdict | None = None
         self._seconds: dict[str, float] = {}
         self._saved: dict[str, Any] | None = None
 
@@ -199,18 +206,24 @@ class SIVISM:
 
     def _bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Training:
         """Point everything at these arguments, setting up or checking what is new."""
-        if self._training is not None and self._target is not None and self._target.rebind(args, kwargs):
-            return self._training
         training = self._training
+        if training is not None and self._target is not None and self._target.rebind(args, kwargs):
+            if self._anchored is not None and not self._anchored.is_current:
+                self._anchored = None  # the user has minibatches, or other data, too
+                self._connect(training)
+            return training
         if training is None:
             with self.ranks.same_random_numbers():
                 self._point_target(args, kwargs)
                 training = self._make_training()
+                if AnchoredTarget.applies(self.target):
+                    self._anchored = AnchoredTarget(self.target, self.guide.affine.loc)
             modules = (self.guide, training.family, training.critic)
             self.ranks.broadcast_(tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
             self.ranks.broadcast_(self.target.params().values())
         else:
             self._point_target(args, kwargs)
+            self._anchored = None
         self._connect(training)
         self._training = training
         return training
@@ -280,7 +293,8 @@ class SIVISM:
             for name, value in saved["model_params"].items():
                 if name in params:
                     params[name].data.copy_(value)
-        training.connect(WhitenedTarget(self.target, self.guide.affine), self.target, params)
+        scored, num_anchors = (self.target, 0) if self._anchored is None else (self._anchored, 1)
+        training.connect(WhitenedTarget(scored, self.guide.affine), self.target, params, num_anchors=num_anchors)
         if saved is not None:
             training.load_state_dict(saved["training"])
             self._saved = None
@@ -355,7 +369,8 @@ class SIVISM:
         """Set up if need be, then take ``num_steps`` steps on the same arguments.
 
         Args:
-            num_steps: if None 1,000 for D <= 32 and 3,000 beyond.
+            num_steps: if None from 300 to 4,000, the more the further the Gaussian that q starts from is from the
+                posterior (:meth:`Recipe.steps_for`).
             progress_bar: show the loss and steps per second.
             callbacks: each called as ``callback(sivism, info)`` after each step; a true result ends the run.
                 :class:`Checkpoint` is one.
@@ -372,7 +387,7 @@ class SIVISM:
             )
         training = self._bind(args, kwargs)
         self.ranks.draw_apart()  # a script may have seeded all ranks alike since set-up
-        num_steps = training.recipe.num_steps if num_steps is None else num_steps
+        num_steps = self._default_steps(training) if num_steps is None else num_steps
         training.plan(num_steps)
         history: list[StepInfo] = []
         interrupted, started = False, time.perf_counter()
@@ -394,8 +409,12 @@ class SIVISM:
             interrupted = True
         finally:
             training.plan(None)
-        self._report_quality(training, history)
         self._seconds["steps"] = self._seconds.get("steps", 0.0) + time.perf_counter() - started
+        if len(history) >= _MIN_STEPS_TO_JUDGE and self.ranks.is_first:
+            self._verdict = self._judge(training)
+            if progress_bar and self._verdict is not None:
+                print(f"SIVISM: {self._verdict}")
+            self._report_drift(training)
         return FitResult(
             num_steps=len(history),
             losses=torch.tensor([info.loss for info in history]),
@@ -406,23 +425,33 @@ class SIVISM:
             interrupted=interrupted,
             preconditioner=self._gaussian_fit,
             target_path=str(self.target.path),
+            verdict=self._verdict,
         )
 
-    def _report_quality(self, training: Training, history: list[StepInfo]) -> None:
-        """Say so where the run ended far from the target, or with the model's parameters still on their way."""
-        if len(history) < _MIN_STEPS_TO_JUDGE or not self.ranks.is_first:
-            return
-        last = [info.loss for info in history[-_MIN_STEPS_TO_JUDGE:]]
-        if not self.target.is_subsampled:
-            mismatch = statistics.median(last) / self.target.dim
-            if not mismatch <= _MAX_MISMATCH:
-                warn(
-                    f"the fit ended far from the posterior: the scores of q and of the model differ by {mismatch:.3g} "
-                    f"per dimension (mean square, in units where q has sd 1), expected at most {_MAX_MISMATCH:g}. "
-                    "Do not trust its draws. Run more steps, standardize the data, use float64, or reparametrize the "
-                    "model.",
-                    FitWarning,
-                )
+    def _default_steps(self, training: Training) -> int:
+        """By how far the Gaussian is from the posterior; the most where q has moved on from it or scores are noisy."""
+        if training.num_steps or self._gaussian_fit is None or self.target.is_subsampled:
+            return training.recipe.max_steps
+        like = next(training.family.parameters())
+        with self.ranks.same_random_numbers():
+            return training.recipe.steps_for(gaussian_divergence(training.target, like))
+
+    def _judge(self, training: Training) -> Verdict | None:
+        """The verdict on the guide, with a warning unless it is good; None if there could be none."""
+        started = time.perf_counter()
+        try:
+            verdict = assess(self.target, self.guide.affine, training.averaged, training.objective, self._gaussian_fit)
+        except SivismError as error:
+            warn(f"the fit could not be judged: {error}", FitWarning)
+            return None
+        finally:
+            self._seconds["verdict"] = self._seconds.get("verdict", 0.0) + time.perf_counter() - started
+        if verdict.level != "good":
+            warn(f"the fit is {verdict.level}: {verdict.sentence}. {_CURES}", FitWarning)
+        return verdict
+
+    def _report_drift(self, training: Training) -> None:
+        """Say so where the run ended with the model's parameters still on their way."""
         drifting = training.drifting_model_params()
         if drifting:
             warn(

@@ -573,7 +573,7 @@ def test_banana_that_a_gaussian_cannot_fit():
     its error in both moments; they are still narrow at the banana's ends.
     """
     sivism = SIVISM(banana)
-    sivism.run(1000, progress_bar=False)
+    sivism.run(None, progress_bar=False)
     draws = sivism.sample(20_000)
     curvature = torch.corrcoef(torch.stack([draws["x"] ** 2, draws["y"]]))[0, 1]
     assert curvature > 0.9
@@ -609,8 +609,25 @@ def test_a_failed_fit_says_so():
             pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
 
     far_and_narrow = FixedGaussian(torch.tensor([-30.0]), torch.tensor([1e-4]))
-    with pytest.warns(FitWarning, match="ended far from the posterior.*standardize the data"):
-        SIVISM(model, preconditioner=far_and_narrow).run(100, torch.randn(20), progress_bar=False)
+    sivism = SIVISM(model, preconditioner=far_and_narrow)
+    with pytest.warns(FitWarning, match="the fit is bad: mu: mean more than 3 sds too low.*standardize the data"):
+        fit = sivism.run(100, torch.randn(20), progress_bar=False)
+    assert fit.verdict.level == "bad"
+    assert sivism.to_inference_data().posterior.attrs["verdict"] == "bad"
+
+
+def test_a_right_fit_is_called_good(no_warnings, capsys):
+    """A posterior that the first Gaussian matches takes the fewest steps, says what it found, and warns of nothing."""
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+        with pyro.plate("n", len(y)):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    fit = SIVISM(model).run(None, torch.randn(20))
+    assert fit.verdict.level == "good"
+    assert "good: means right to about" in capsys.readouterr().out
+    assert fit.num_steps == 300
 
 
 def test_model_parameters_on_their_way_are_reported():

@@ -1,0 +1,109 @@
+"""The verdict on a fit: fresh draws of q, the model's scores there, and the instruments of ``diagnostics``.
+
+:func:`assess` is what ``run`` ends with. :func:`gaussian_divergence` is asked before it begins.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pyro_sivism.diagnostics import (
+    FisherStatistics,
+    Verdict,
+    drift_statistics,
+    find_modes,
+    fisher_statistics,
+    judge,
+    stein_statistics,
+)
+from pyro_sivism.family import AffineMap, GaussianFit, SemiImplicit, TargetDensity
+from pyro_sivism.objectives import Objective
+from pyro_sivism.target import Target
+
+__all__ = ["assess", "gaussian_divergence"]
+
+_NUM_DRAWS = 2048
+_NUM_CHAINS = 1024
+_NUM_MINIBATCHES = 16
+_MAX_MODE_SEARCH_DIM = 256  # beyond, climbs from everywhere cost more than the fit
+
+
+@torch.no_grad()
+def assess(
+    target: Target,
+    affine: AffineMap,
+    family: SemiImplicit,
+    objective: Objective,
+    gaussian: GaussianFit | None,
+) -> Verdict:
+    """Judge q from 2,048 draws; one score a draw, and about twenty more of half of them for the short chains.
+
+    Where the model draws random minibatches the chains and the search for modes, which need exact densities, are left
+    out, and the other instruments allow for the minibatches' noise.
+
+    Args:
+        target: the model's density, on the arguments it was fitted to.
+        affine: x from the whitened y, in which ``family`` draws.
+        family: q.
+        objective: holds the critic.
+        gaussian: the fit that q started from, whose paths may have ended in other modes; None if there is none.
+
+    Raises:
+        ArgumentError: a coordinate of the draws does not vary.
+        NonFiniteError: most scores are not finite.
+    """
+    sample = family.rsample(_NUM_DRAWS)
+    x = affine.forward(sample.x)
+    num_blocks = _NUM_MINIBATCHES if target.is_subsampled else 1
+    score = _scores(target, x, num_blocks)
+    exact = not target.is_subsampled
+    seeks_modes = exact and target.dim <= _MAX_MODE_SEARCH_DIM
+    ends = gaussian.path_ends if gaussian is not None and len(gaussian.path_ends) else None
+    return judge(
+        stein_statistics(x, score, num_blocks=num_blocks),
+        fisher=_fisher(target, affine, objective.critic, objective, sample.x, x, score, sample.conditional_score),
+        drift=drift_statistics(target, x[:_NUM_CHAINS]) if exact else None,
+        modes=find_modes(target, x, extra_starts=ends) if seeks_modes else None,
+        labels=target.layout.coordinate_names,
+    )
+
+
+def _fisher(
+    target: Target,
+    affine: AffineMap,
+    critic: nn.Module,
+    objective: Objective,
+    y: Tensor,
+    x: Tensor,
+    score: Tensor,
+    conditional_score: Tensor,
+) -> FisherStatistics:
+    """The Fisher divergence by the trained critic, in the whitened space."""
+    num_blocks = _NUM_MINIBATCHES if target.is_subsampled else 1
+    whitened = affine.pull_back(score)
+    critic_score = whitened - objective.critic_value(y, whitened)
+    second = affine.pull_back(_scores(target, x, num_blocks)) if target.is_subsampled else None
+    return fisher_statistics(y, whitened, critic_score, conditional_score, second_score=second, num_blocks=num_blocks)
+
+
+def _scores(target: Target, x: Tensor, num_blocks: int) -> Tensor:
+    """The model's scores, of one minibatch for each of so many consecutive blocks of draws."""
+    scores = []
+    for block in x.chunk(num_blocks):
+        target.resample_minibatch()
+        scores.append(target.score(block))
+    return torch.cat(scores)
+
+
+@torch.no_grad()
+def gaussian_divergence(target: TargetDensity, like: Tensor, num_draws: int = 1024) -> float:
+    """``E_q |grad log p(y) - grad log q(y)|^2`` of q = N(0, I), the Fisher divergence of the whitened target from the
+    Gaussian it was whitened by, from draws at which it is finite; ``like`` gives their dtype and device.
+
+    Where the target's log density is strongly concave or nearly so, q's Wasserstein distance from it is at most the
+    square root, in units of posterior sds.
+    """
+    y = torch.randn(num_draws, target.dim, dtype=like.dtype, device=like.device)
+    squares = (target.score(y) + y).square().sum(-1)
+    return squares[squares.isfinite()].mean().item()
