@@ -1,0 +1,271 @@
+"""Recording a function as a graph, and making the graph smaller: the same values and derivatives, or an error."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.func import grad, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from pyro_sivism.target.graph import constants, has_detach, is_random, record, simplify
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+aten = torch.ops.aten
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+X = torch.tensor([0.3, -1.2, 0.8, 2.0], dtype=torch.float64)
+
+
+def targets(graph):
+    return [node.target for node in graph.graph.nodes if node.op == "call_function"]
+
+
+def in_place(x):
+    y = torch.zeros_like(x)
+    y[0] = x[1] * x[2]
+    y[1:] += x[0]
+    y[-2:] *= x[:2]
+    y[:-1].sub_(x[3])
+    return (y**3).sum()
+
+
+def copied(x):
+    """Writes a number over a matrix, and reads it in another shape."""
+    y = torch.empty(2, 4, dtype=x.dtype, device=x.device)
+    y.copy_(x.sum())
+    y[1].copy_(x)
+    return (y.reshape(-1) ** 3).sum()
+
+
+def no_ops(x):
+    ones, zeros = torch.ones_like(x), torch.zeros(4, dtype=x.dtype, device=x.device)
+    return ((x * ones + zeros).reshape(4).clone() ** 1.0 / 1.0 + 0 * x.sum()).pow(2).sum()
+
+
+def shared(x):
+    return (x.exp() * x.exp()).sum() + x.exp().sum()
+
+
+def factorized(x):
+    return torch.linalg.cholesky(torch.diag(x**2) + 0.1 * torch.ones(4, 4, dtype=x.dtype, device=x.device)).sum()
+
+
+def classified(x):
+    y = torch.tensor([1.0, 0.0, 1.0, 0.0], dtype=x.dtype, device=x.device)
+    return torch.nn.functional.binary_cross_entropy_with_logits(20 * x, y, reduction="none").sum()
+
+
+def looped(x):
+    total = x.sum()
+    for i in torch.arange(3) * 2 % 4:  # a range has known values, and so has what is computed from it
+        total = total + int(i) * x[i] ** 2
+    return total
+
+
+def saved_results(x):
+    """Operations whose backward pass keeps their results."""
+    return (x.exp() * x.sigmoid() + x.tanh() * x.softmax(-1)).sum()
+
+
+FUNCTIONS = [in_place, copied, no_ops, shared, factorized, classified, looped, saved_results]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_value_gradient_and_second_derivative_are_the_function_s(function, device):
+    x = X.to(device)
+    one = simplify(record(function, x), keep_detach=True)
+    batch = torch.stack([x, x.flip(0), x + 0.5])
+    score = simplify(record(vmap(grad(one)), batch))
+    for point, got in zip(batch, score(batch)):
+        point = point.clone().requires_grad_()
+        value = function(point)
+        (gradient,) = torch.autograd.grad(value, point)
+        torch.testing.assert_close(one(point), value, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(got, gradient, rtol=1e-12, atol=1e-12)
+    v = torch.cos(torch.arange(12.0, device=device)).reshape(3, 4)
+    found = []
+    for gradients in (score, lambda points: torch.stack([_gradient(function, point) for point in points])):
+        points = batch.clone().requires_grad_()
+        found.append(torch.autograd.grad((gradients(points) * v).sum(), points)[0])
+    torch.testing.assert_close(*found, rtol=1e-11, atol=1e-11)
+
+
+def _gradient(function, point):
+    return torch.autograd.grad(function(point), point, create_graph=True)[0]
+
+
+# --- what record takes care of ------------------------------------------------------------------------
+
+
+def test_a_recorded_graph_writes_into_nothing():
+    """``make_fx`` alone keeps ``add_`` and the like, on which folding and sharing would be wrong."""
+    assert any(target._schema.is_mutable for target in targets(make_fx(in_place)(X)))
+    graph = record(in_place, X)
+    assert not any(target._schema.is_mutable for target in targets(graph))
+    assert aten.copy.default not in targets(simplify(record(copied, X)))  # it has no derivative
+
+
+def test_folding_a_graph_that_writes_would_be_wrong():
+    """What ``record`` is there for: a constant that is written into is not a constant."""
+
+    def function(x):
+        buffer = torch.zeros(2)
+        before = buffer * 1.0
+        buffer += 3.0
+        return x[0] * buffer[0] + before[0]
+
+    folded = simplify(make_fx(function)(X))
+    right = simplify(record(function, X))
+    assert right(X).item() == pytest.approx(function(X).item()) == pytest.approx(0.9)
+    assert folded(X).item() != pytest.approx(0.9)
+
+
+def test_slices_are_written_by_ends_that_vmap_takes():
+    graph = simplify(record(in_place, X))
+    nodes = [node for node in graph.graph.nodes if node.target is aten.slice_scatter.default]
+    assert nodes
+    for node in nodes:
+        assert all(0 <= end <= 4 for end in node.args[3:5])
+    assert aten.select_scatter.default not in targets(graph)
+
+
+def test_a_select_scatter_under_vmap_has_the_right_derivative():
+    def function(x):
+        y = x.clone()
+        y[1] = x[0] * x[2]
+        return (y**3).sum()
+
+    graph = record(function, X)
+    assert aten.select_scatter.default in targets(graph)  # the hazard is there
+    simplify(graph, keep_detach=True)
+    assert aten.select_scatter.default not in targets(graph)
+    batch = torch.stack([X, X + 1])
+    points = batch.clone().requires_grad_()
+    (got,) = torch.autograd.grad(vmap(graph)(points).sum(), points)
+    torch.testing.assert_close(got, torch.stack([_gradient(function, x.requires_grad_()) for x in batch]))
+
+
+def test_the_bernoulli_log_likelihood_is_small_and_right_far_out():
+    def function(z, y):
+        return torch.nn.functional.binary_cross_entropy_with_logits(z, y, reduction="none")
+
+    z = torch.tensor([-800.0, -45.0, -5.0, 0.0, 5.0, 35.0, 45.0, 800.0])
+    for y in (torch.zeros(8), torch.ones(8), torch.full((8,), 0.3)):
+        graph = simplify(record(function, z, y))
+        assert len(targets(graph)) == 3
+        torch.testing.assert_close(graph(z, y), function(z, y), rtol=1e-14, atol=1e-14)
+    weighted = record(lambda z: torch.nn.functional.binary_cross_entropy_with_logits(z, y, weight=z.exp()), X.repeat(2))
+    assert aten.binary_cross_entropy_with_logits.default in targets(weighted)
+
+
+# --- what simplify takes away, and what it leaves -----------------------------------------------------
+
+
+def test_operations_that_change_nothing_are_dropped_and_equal_ones_shared():
+    assert targets(simplify(record(lambda x: (x.view(4).expand(4) * 1 + 0) / 1, X))) == []
+    kept = targets(simplify(record(shared, X)))
+    assert kept.count(aten.exp.default) == 1
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x * torch.ones(3, 1),  # another shape
+        lambda x: (x + torch.zeros(4, dtype=torch.complex128)).abs(),  # another type
+        lambda x: x.float() * 1.0,
+        lambda x: torch.sub(0.0, x) - 1.0,
+        lambda x: torch.add(x, x, alpha=0.0) + torch.add(torch.zeros(4), x, alpha=2.0),
+        lambda x: 1 / x,
+        lambda x: torch.ones(4) / x,
+        lambda x: x.reshape(2, 2).t().contiguous().view(-1),
+        lambda x: x[::2].clone(),
+        lambda x: x.flip(0) * x,
+        lambda x: torch.zeros_like(x[:2]).sum() + torch.ones_like(x).sum() + x,
+    ],
+)
+def test_operations_that_only_look_neutral_stay(function):
+    graph = simplify(record(function, X))
+    want = function(X)
+    got = graph(X)
+    assert got.dtype == want.dtype
+    torch.testing.assert_close(got, want, rtol=0.0, atol=0.0)
+
+
+def test_constants_are_folded_and_learned_tensors_are_not():
+    data, weight = torch.linspace(0.0, 1.0, 4), torch.ones(4, requires_grad=True)
+    graph = record(lambda x: (x * (data.exp() + 1.0) * (weight * 2.0)).sum(), X)
+    assert {id(tensor) for tensor in constants(graph)} == {id(data), id(weight)}
+    simplify(graph)
+    assert aten.exp.default not in targets(graph)
+    assert torch.autograd.grad(graph(X), weight)[0].tolist() == pytest.approx((2 * X * (data.exp() + 1)).tolist())
+    with torch.no_grad():
+        weight.fill_(3.0)
+    assert graph(X).item() == pytest.approx((6 * X * (data.exp() + 1)).sum().item())
+
+
+def test_a_failed_factorization_still_raises():
+    """Nothing reads the check's result, so that a plain removal of dead code would take it away."""
+    graph = simplify(record(vmap(grad(simplify(record(factorized, X), keep_detach=True))), torch.stack([X, X])))
+    assert aten._linalg_check_errors.default in targets(graph)
+    with pytest.raises(torch.linalg.LinAlgError):
+        graph(torch.stack([X, X * torch.nan]))
+    assert graph(torch.stack([X, X])).isfinite().all()
+
+
+def test_random_operations_are_found_and_never_shared():
+    graph = simplify(record(lambda x: x + torch.randn(4) - torch.randn(4), X))
+    assert is_random(graph)
+    assert graph(X).sub(X).abs().min() > 0
+    assert not is_random(record(in_place, X))
+    # What nothing reads is not in the way.
+    assert not is_random(simplify(record(lambda x: (torch.rand(4), x * 2)[1], X)))
+
+
+def test_a_detach_is_kept_on_request():
+    def function(x):
+        return (x * x.detach()).sum()
+
+    assert not has_detach(simplify(record(function, X)))
+    kept = simplify(record(function, X), keep_detach=True)
+    assert has_detach(kept)
+    torch.testing.assert_close(grad(kept)(X), X)
+    # Autograd leaves detaches of its own where a gradient is recorded, and a derivative of that would be wrong.
+    by_autograd = record(lambda x: _gradient(saved_results, x), X.clone().requires_grad_())
+    assert not has_detach(simplify(by_autograd))
+
+
+# --- what cannot be followed --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: torch.as_tensor(x.numpy()),
+        lambda x: torch.tensor(x.tolist()),
+        lambda x: torch.as_tensor(np.asarray(x)),
+        lambda x: torch.as_tensor(np.arange(10.0)[x.long().abs()]),
+        lambda x: torch.as_tensor(np.exp(x)),
+        lambda x: torch.from_numpy(np.from_dlpack(x)),
+        lambda x: x if x.sum() > 0 else -x,
+        lambda x: x * x[0].item(),
+        lambda x: x[: int(x[3])],
+    ],
+    ids=["numpy", "tolist", "asarray", "index an array", "numpy function", "dlpack", "branch", "item", "size"],
+)
+@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning")
+def test_values_that_would_be_frozen_are_an_error(read):
+    """Of an input, and of what is computed from one."""
+    refusal = "takes the values out of|get value out of a tracing tensor"
+    with pytest.raises(RuntimeError, match=refusal):
+        record(lambda x: read(x) * 1.0, X)
+    with pytest.raises(RuntimeError, match=refusal):
+        record(lambda x: read(x * 2.0), X)
+
+
+def test_values_of_closed_over_tensors_may_be_read_and_are_among_the_constants():
+    data = torch.tensor([2, 0, 1])
+    graph = record(lambda x: x[: len(set(data.tolist()))].sum(), X)
+    assert any(tensor is data for tensor in constants(graph))
+    assert graph(X).item() == pytest.approx(X[:3].sum().item())
