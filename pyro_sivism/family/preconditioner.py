@@ -162,6 +162,7 @@ class BatchAndMatch:
         dense = target.dim <= self.max_dense_dim
         climbs, ends = self._climb(scored, starts.double(), dense)
         start, path_elbo = self._best_by_elbo(scored, climbs, ends)
+        scored.anchor(start.loc)
         guards: Counter[str] = Counter()
         num_steps = (max(100, 2 * target.dim) if dense else 150) if self.num_steps is None else self.num_steps
         low_rank = LowRankMatch(self.rank)

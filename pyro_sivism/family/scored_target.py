@@ -48,6 +48,12 @@ class ScoredTarget:
         """Let a target with random minibatches draw the next; the average over updates is then unbiased."""
         getattr(self._target, "resample_minibatch", lambda: None)()
 
+    def anchor(self, x: Tensor) -> None:
+        """Let a target with random minibatches have no noise at ``x (D,)``, and little around it, from now on."""
+        anchored_at = getattr(self._target, "anchored_at", None)
+        if anchored_at is not None:
+            self._target = anchored_at(x)
+
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         parts = [self._evaluate(chunk) for chunk in x.split(self.max_chunk)]
         return torch.cat([log_density for log_density, _ in parts]), torch.cat([score for _, score in parts])

@@ -21,12 +21,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from pyro_sivism.target.density import Target
+if TYPE_CHECKING:
+    from pyro_sivism.target.density import Target
 
 __all__ = ["AnchoredTarget"]
 
@@ -36,7 +37,7 @@ _MAX_ROUNDS = 4  # over the data, where no single one visits every row equally o
 class AnchoredTarget:
     """``target`` with the minibatch's noise at ``anchor`` taken out, everywhere.
 
-    The arguments that the target is bound to must stay as they are: :attr:`is_current` tells whether they have.
+    What the model reads must stay as it is: :attr:`is_current` tells whether it has.
 
     Args:
         target: a target for which :meth:`applies` holds.
@@ -46,6 +47,7 @@ class AnchoredTarget:
 
         >>> import pyro, pyro.distributions as dist
         >>> from pyro_sivism.layout import LatentLayout
+        >>> from pyro_sivism.target import Target
         >>> def model(y):
         ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
         ...     with pyro.plate("rows", len(y), subsample_size=2) as rows:
@@ -60,7 +62,8 @@ class AnchoredTarget:
     def __init__(self, target: Target, anchor: Tensor) -> None:
         self._target = target
         self._anchor = anchor.detach().to(target.layout.dtype)[None]
-        self._tensors = self._tensors_now()
+        self._call, self._path = target.call, target.path
+        self._versions = [tensor._version for tensor in self._call.tensors]
         minibatch = target.minibatch
         log_densities, scores = [], []
         with torch.no_grad():
@@ -73,20 +76,26 @@ class AnchoredTarget:
 
     @staticmethod
     def applies(target: Target) -> bool:
-        """Whether there is noise to take out: one subsampling plate, no latents inside it, and no ``pyro.param``s.
+        """Whether there is noise to take out: one subsampling plate, no latents inside it, no ``pyro.param``s, and a
+        captured density.
 
-        A latent inside the plate is seen by few minibatches, and a parameter that moves leaves the anchor behind.
+        A latent inside the plate is seen by few minibatches, a parameter that moves leaves the anchor behind, and so
+        would a global of the model's, whose changes only a captured density finds.
         """
-        has_local_latents = any(site.subsampled_plates for site in target.layout.sites)
-        return len(target.subsamples) == 1 and not has_local_latents and not target.params()
+        if len(target.subsamples) != 1 or not target.path.name.startswith("captured"):
+            return False
+        return not any(site.subsampled_plates for site in target.layout.sites) and not target.params()
 
     @property
     def is_current(self) -> bool:
-        """Whether the target is still bound to the same tensors, and nobody has written into them."""
-        now = self._tensors_now()
-        return len(now) == len(self._tensors) and all(
-            tensor is other and version == other_version
-            for (tensor, version), (other, other_version) in zip(now, self._tensors)
+        """Whether the target is still bound to the same arguments, nobody has written into them, and no check of its
+        captured density has failed."""
+        call = self._target.call
+        return (
+            self._target.path is self._path
+            and (call.signature, call.frozen) == (self._call.signature, self._call.frozen)
+            and all(tensor is other for tensor, other in zip(call.tensors, self._call.tensors))
+            and all(tensor._version == version for tensor, version in zip(call.tensors, self._versions))
         )
 
     @property
@@ -123,8 +132,3 @@ class AnchoredTarget:
         rows = torch.arange(width, device=plate.device)
         for i in range(num_minibatches):
             yield {name: order[(rows + i * width) % size]}
-
-    def _tensors_now(self) -> list[tuple[Tensor, int]]:
-        args, kwargs = self._target.arguments
-        leaves = tree_leaves((args, kwargs))
-        return [(leaf, leaf._version) for leaf in leaves if isinstance(leaf, Tensor)]

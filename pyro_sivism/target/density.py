@@ -105,8 +105,12 @@ class Target:
     @property
     def arguments(self) -> tuple[tuple, dict[str, Any]]:
         """The model's ``args`` and ``kwargs`` at the moment."""
-        arguments = self._binding.runs.arguments
-        return arguments.rebuild(arguments.tensors)
+        return self.call.rebuild(self.call.tensors)
+
+    @property
+    def call(self) -> Arguments:
+        """The same, taken apart."""
+        return self._binding.runs.arguments
 
     @property
     def path(self) -> TargetPath:

@@ -16,6 +16,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_sivism.sites import Site
+from pyro_sivism.target.anchored import AnchoredTarget
 
 if TYPE_CHECKING:
     from pyro_sivism.target.density import Target
@@ -127,6 +128,10 @@ class MinibatchAverage:
             for i, part in enumerate(self._parts):
                 rows = torch.arange(i * fn.subsample_size, (i + 1) * fn.subsample_size, device=fn.device)
                 part[name] = order[rows % len(order)]
+
+    def anchored_at(self, x: Tensor) -> AnchoredTarget | MinibatchAverage:
+        """The target without the minibatches' noise at a point ``x (D,)`` near its centre, where that can be had."""
+        return AnchoredTarget(self._target, x) if AnchoredTarget.applies(self._target) else self
 
     def log_density(self, x: Tensor) -> Tensor:
         return self.log_density_and_score(x)[0]

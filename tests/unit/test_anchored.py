@@ -7,6 +7,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 
+from pyro_sivism import SIVISM
+from pyro_sivism.errors import TargetPathWarning
+from pyro_sivism.family import WhitenedTarget
 from pyro_sivism.layout import LatentLayout
 from pyro_sivism.target import Target
 from pyro_sivism.target.anchored import AnchoredTarget
@@ -96,6 +99,53 @@ def test_no_longer_current_when_the_data_change():
     assert target.is_current
     plain.rebind((covariates, outcomes.clone()))
     assert not target.is_current
+
+
+def test_no_longer_current_when_the_graph_is_given_up():
+    covariates, outcomes = data(60)
+    shift = [0.0]
+
+    def model(covariates, outcomes):
+        weights = pyro.sample("weights", dist.Normal(0.0, 10.0).expand([DIM]).to_event(1))
+        with pyro.plate("rows", 60, subsample_size=10) as rows:
+            pyro.sample("outcomes", dist.Normal(covariates[rows] @ weights + shift[0], 1.0), obs=outcomes[rows])
+
+    plain = make_target(model, covariates, outcomes)
+    target = AnchoredTarget(plain, torch.ones(DIM))
+    shift[0] = 1.0
+    plain.check_soon()
+    with pytest.warns(TargetPathWarning, match="no longer agrees"):
+        target.score(torch.zeros(1, DIM))
+    assert not target.is_current
+    assert not AnchoredTarget.applies(plain)
+
+
+def test_a_subsampled_fit_has_its_mean_right():
+    """A step sees 20 of 2,000 rows, whose score alone has a noise of 10 posterior sds."""
+    covariates, outcomes = data(2000)
+    sivism = SIVISM(make_model(2000, 20))
+    sivism.run(300, covariates, outcomes, progress_bar=False)
+    precision = covariates.mT @ covariates + 1e-2 * torch.eye(DIM)
+    mean = torch.linalg.solve(precision, covariates.mT @ outcomes)
+    draws = sivism.sample(20_000)["weights"]  # whose mean has a standard error of .007 sds
+    errors = (draws.mean(0) - mean) / torch.linalg.inv(precision).diagonal().sqrt()
+    assert bool((errors.abs() < 0.15).all())
+
+
+@pytest.mark.parametrize("how", ["in place", "another tensor"])
+def test_a_fit_whose_data_change_is_anchored_no_more(how):
+    covariates, outcomes = data(60)
+    sivism = SIVISM(make_model(60, 10))
+    sivism.step(covariates, outcomes)
+    x = torch.zeros(1, DIM)
+    plain = WhitenedTarget(sivism.target, sivism.guide.affine)
+    assert not torch.allclose(sivism._training.target.score(x), plain.score(x))
+    if how == "in place":
+        outcomes += 1.0
+    sivism.step(covariates, outcomes if how == "in place" else outcomes + 1.0)
+    torch.testing.assert_close(sivism._training.target.score(x), plain.score(x))
+    sivism.step(covariates, outcomes)
+    torch.testing.assert_close(sivism._training.target.score(x), plain.score(x))
 
 
 def test_applies_to_one_plate_without_latents_or_parameters():
