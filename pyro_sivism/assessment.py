@@ -20,6 +20,7 @@ from pyro_sivism.diagnostics import (
 from pyro_sivism.family import AffineMap, GaussianFit, SemiImplicit, TargetDensity
 from pyro_sivism.objectives import Objective
 from pyro_sivism.target import Target
+from pyro_sivism.target.anchored import AnchoredTarget
 
 __all__ = ["assess", "gaussian_divergence"]
 
@@ -31,7 +32,7 @@ _MAX_MODE_SEARCH_DIM = 256  # beyond, climbs from everywhere cost more than the 
 
 @torch.no_grad()
 def assess(
-    target: Target,
+    target: Target | AnchoredTarget,
     affine: AffineMap,
     family: SemiImplicit,
     objective: Objective,
@@ -70,7 +71,7 @@ def assess(
 
 
 def _fisher(
-    target: Target,
+    target: Target | AnchoredTarget,
     affine: AffineMap,
     critic: nn.Module,
     objective: Objective,
@@ -87,7 +88,7 @@ def _fisher(
     return fisher_statistics(y, whitened, critic_score, conditional_score, second_score=second, num_blocks=num_blocks)
 
 
-def _scores(target: Target, x: Tensor, num_blocks: int) -> Tensor:
+def _scores(target: Target | AnchoredTarget, x: Tensor, num_blocks: int) -> Tensor:
     """The model's scores, of one minibatch for each of so many consecutive blocks of draws."""
     scores = []
     for block in x.chunk(num_blocks):

@@ -430,7 +430,8 @@ class SIVISM:
 
     def _default_steps(self, training: Training) -> int:
         """By how far the Gaussian is from the posterior; the most where q has moved on from it or scores are noisy."""
-        if training.num_steps or self._gaussian_fit is None or self.target.is_subsampled:
+        is_noisy = self.target.is_subsampled and self._anchored is None
+        if training.num_steps or self._gaussian_fit is None or is_noisy:
             return training.recipe.max_steps
         like = next(training.family.parameters())
         with self.ranks.same_random_numbers():
@@ -440,7 +441,8 @@ class SIVISM:
         """The verdict on the guide, with a warning unless it is good; None if there could be none."""
         started = time.perf_counter()
         try:
-            verdict = assess(self.target, self.guide.affine, training.averaged, training.objective, self._gaussian_fit)
+            target = self.target if self._anchored is None else self._anchored
+            verdict = assess(target, self.guide.affine, training.averaged, training.objective, self._gaussian_fit)
         except SivismError as error:
             warn(f"the fit could not be judged: {error}", FitWarning)
             return None

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from pyro_sivism.layout import LatentLayout
     from pyro_sivism.target.density import Target
 
 __all__ = ["AnchoredTarget"]
@@ -101,6 +102,14 @@ class AnchoredTarget:
     @property
     def dim(self) -> int:
         return self._target.dim
+
+    @property
+    def layout(self) -> LatentLayout:
+        return self._target.layout
+
+    @property
+    def is_subsampled(self) -> bool:
+        return True
 
     def resample_minibatch(self) -> None:
         """Draw another minibatch."""
