@@ -564,16 +564,17 @@ def random_tensor():
 
 
 def random_python():
-    return float(random.random() < 0.5)
+    return float(random.random() < 0.1)
 
 
 def random_numpy():
-    return float(np.random.random() < 0.5)
+    return float(np.random.random() < 0.1)
 
 
 @pytest.mark.parametrize("draw", [random_tensor, random_python, random_numpy])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(5))
 def test_a_model_that_draws_its_own_random_numbers_is_refused(draw, seed):
+    """However rarely: two runs that agree by chance are not taken for the same."""
     random.seed(seed)
     np.random.seed(seed)
 
