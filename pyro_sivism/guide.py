@@ -48,7 +48,7 @@ class SemiImplicitGuide(AutoContinuous):
 
     Args:
         model: a Pyro model.
-        mixing_dim: M, the length of z; D if None.
+        mixing_dim: M, the length of z; D, at most 256, if None.
         hidden_dims: widths of the mixing network; by D if None.
         conditional: q(y|z): a class or factory called as ``conditional(dim, mixing_dim, hidden_dims)``, e.g.
             ``LowRankNormal`` or ``functools.partial(DiagonalNormal, scale_depends_on_z=False)``, or a ready
@@ -212,7 +212,7 @@ class SemiImplicitGuide(AutoContinuous):
                     "pass a class or a factory instead to have it made at the right size"
                 )
             return conditional
-        mixing_dim = dim if self._mixing_dim is None else self._mixing_dim
+        mixing_dim = recipe.mixing_dim if self._mixing_dim is None else self._mixing_dim
         hidden_dims = recipe.guide_hidden_dims if self._hidden_dims is None else self._hidden_dims
         if self._conditional_factory is not None:
             return self._conditional_factory(dim, mixing_dim, hidden_dims)

@@ -12,6 +12,7 @@ __all__ = ["Recipe"]
 
 _STEPS_PER_DISTANCE = 5.0
 _MIN_STEPS = 300
+_MAX_MIXING_DIM = 256
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Recipe:
         num_particles: draws per batch, B.
         critic_steps: critic updates per guide update.
         critic_warmup_steps: critic updates before the first guide update.
+        mixing_dim: M, the length of z.
         guide_hidden_dims, critic_hidden_dims: widths of the two networks.
         guide_lr, critic_lr: Adam's learning rates; ``ramp_steps`` up, then a cosine down to ``final_lr_fraction``.
         input_lr_factor: the learning rate of layers that read a D-vector, relative to the others; their
@@ -38,6 +40,7 @@ class Recipe:
     num_particles: int
     critic_steps: int
     critic_warmup_steps: int
+    mixing_dim: int
     guide_hidden_dims: tuple[int, ...]
     critic_hidden_dims: tuple[int, ...]
     guide_lr: float
@@ -71,6 +74,7 @@ class Recipe:
             num_particles=128,
             critic_steps=2 if small else 3,
             critic_warmup_steps=200,
+            mixing_dim=min(dim, _MAX_MIXING_DIM),
             guide_hidden_dims=(_clip(2 * dim, 64, 256),) * 2,
             critic_hidden_dims=(_clip(3 * dim, 128, 512),) * 2,
             guide_lr=3e-3 * min(1.0, (30.0 / dim) ** 0.5),
