@@ -6,12 +6,14 @@ idata = sivism.to_inference_data(data)
 """
 
 from pyro_sivism.checkpoint import Checkpoint
+from pyro_sivism.compare import Comparison, compare_with_nuts
 from pyro_sivism.diagnostics import Verdict
 from pyro_sivism.distributed import Ranks
 from pyro_sivism.errors import SivismError, SivismWarning
 from pyro_sivism.family import BatchAndMatch, DiagonalNormal, FixedGaussian, LowRankNormal, ScoreNetwork
 from pyro_sivism.guide import SemiImplicitGuide
 from pyro_sivism.layout import LatentLayout
+from pyro_sivism.nuts import nuts_from
 from pyro_sivism.objectives import FisherDivergence, Objective, PathGradientKL
 from pyro_sivism.results import FitResult, StepInfo
 from pyro_sivism.sivism import SIVISM
@@ -22,6 +24,7 @@ __all__ = [
     "SIVISM",
     "BatchAndMatch",
     "Checkpoint",
+    "Comparison",
     "DiagonalNormal",
     "FisherDivergence",
     "FitResult",
@@ -39,4 +42,6 @@ __all__ = [
     "Target",
     "Verdict",
     "__version__",
+    "compare_with_nuts",
+    "nuts_from",
 ]

@@ -52,6 +52,10 @@ class ArgumentError(SivismError, ValueError):
     """An argument of the wrong kind, size or range."""
 
 
+class MissingDependencyError(SivismError, ImportError):
+    """An optional package that this call needs is not installed; the message says how to get it."""
+
+
 class DistributedError(SivismError, RuntimeError):
     """Another process of a fit on many is gone or silent, so that the fit cannot go on."""
 

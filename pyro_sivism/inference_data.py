@@ -30,7 +30,7 @@ from pyro_sivism.warn import warn
 if TYPE_CHECKING:
     from pyro_sivism.sivism import SIVISM
 
-__all__ = ["split_keywords", "to_inference_data"]
+__all__ = ["effective_sample_size", "split_keywords", "to_inference_data"]
 
 _LP_BATCH = 1000
 
@@ -192,6 +192,12 @@ _OPTIONS = frozenset(
     for name, parameter in inspect.signature(to_inference_data).parameters.items()
     if parameter.kind is inspect.Parameter.KEYWORD_ONLY
 )
+
+
+def effective_sample_size(chains: np.ndarray) -> np.ndarray:
+    """How many independent draws would estimate the means of K quantities as well as ``chains (C, S, K)`` do: (K,)."""
+    dataset = xarray.Dataset({"quantity": (("chain", "draw", "k"), chains)})
+    return arviz.ess(dataset, method="mean")["quantity"].values
 
 
 # --- what goes into the groups ----------------------------------------------------------------------
