@@ -26,6 +26,7 @@ __all__ = ["assess", "gaussian_divergence"]
 
 _NUM_DRAWS = 2048
 _NUM_CHAINS = 1024
+_NUM_LARGE_CHAINS = 256  # beyond D = 256, where each of their steps costs more: more than the fit otherwise
 _NUM_MINIBATCHES = 16
 _MAX_MODE_SEARCH_DIM = 256  # beyond, climbs from everywhere cost more than the fit
 
@@ -59,12 +60,13 @@ def assess(
     num_blocks = _NUM_MINIBATCHES if target.is_subsampled else 1
     score = _scores(target, x, num_blocks)
     exact = not target.is_subsampled
+    num_chains = _NUM_CHAINS if target.dim <= 256 else _NUM_LARGE_CHAINS
     seeks_modes = exact and target.dim <= _MAX_MODE_SEARCH_DIM
     ends = gaussian.path_ends if gaussian is not None and len(gaussian.path_ends) else None
     return judge(
         stein_statistics(x, score, num_blocks=num_blocks),
         fisher=_fisher(target, affine, objective.critic, objective, sample.x, x, score, sample.conditional_score),
-        drift=drift_statistics(target, x[:_NUM_CHAINS]) if exact else None,
+        drift=drift_statistics(target, x[:num_chains]) if exact else None,
         modes=find_modes(target, x, extra_starts=ends) if seeks_modes else None,
         labels=target.layout.coordinate_names,
     )

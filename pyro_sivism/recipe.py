@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 __all__ = ["Recipe"]
 
-_STEPS_PER_DISTANCE = 5.0
 _MIN_STEPS = 300
 _MAX_MIXING_DIM = 256
 
@@ -20,7 +19,7 @@ class Recipe:
     """Settings of one fit.
 
     Attributes:
-        max_steps: the most guide steps of ``run(None)``; see :meth:`steps_for`.
+        max_steps, steps_per_distance: of ``run(None)``; see :meth:`steps_for`.
         num_particles: draws per batch, B.
         critic_steps: critic updates per guide update.
         critic_warmup_steps: critic updates before the first guide update.
@@ -37,6 +36,7 @@ class Recipe:
     """
 
     max_steps: int
+    steps_per_distance: float
     num_particles: int
     critic_steps: int
     critic_warmup_steps: int
@@ -67,13 +67,21 @@ class Recipe:
 
         Up to D = 32 the conditional sd follows z. Beyond, that diverged in measurements: the sd is one constant per
         coordinate, the guide moves more slowly, and the critic gets one more step.
+
+        Beyond D = 256 z is shorter than x, so that the networks grow with D and not with D^2: coordinates without a
+        mixing variable of their own start with conditional sd 1. The steps there are counted by the distance of one
+        coordinate, ``sqrt(divergence / D)``, as all coordinates move at once. That suffices where the Gaussian is
+        nearly right: on multinomial regression with D = 650, 300 steps predicted held-out data as long Hamiltonian
+        chains do. The critic begins as the exact score of the first q, and needs less of a warm-up for each of its
+        costlier steps.
         """
-        small = dim <= 32
+        small, large = dim <= 32, dim > 256
         return cls(
             max_steps=3000 if small else 4000,
+            steps_per_distance=dim**-0.5 if large else 5.0,
             num_particles=128,
-            critic_steps=2 if small else 3,
-            critic_warmup_steps=200,
+            critic_steps=2 if small or large else 3,
+            critic_warmup_steps=50 if large else 200,
             mixing_dim=min(dim, _MAX_MIXING_DIM),
             guide_hidden_dims=(_clip(2 * dim, 64, 256),) * 2,
             critic_hidden_dims=(_clip(3 * dim, 128, 512),) * 2,
@@ -88,7 +96,7 @@ class Recipe:
 
         In whitened units q has about ``sqrt(divergence)`` to go, and a step takes it about ``guide_lr`` further.
         """
-        steps = _STEPS_PER_DISTANCE * math.sqrt(max(divergence, 0.0)) / self.guide_lr
+        steps = self.steps_per_distance * math.sqrt(max(divergence, 0.0)) / self.guide_lr
         return _clip(round(steps), _MIN_STEPS, self.max_steps) if math.isfinite(steps) else self.max_steps
 
 

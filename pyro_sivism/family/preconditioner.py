@@ -38,6 +38,8 @@ __all__ = ["BatchAndMatch", "FixedGaussian", "Preconditioner"]
 
 # Pairs a limited-memory path keeps, and the gain in nats that another climb must promise.
 _MEMORY = 10
+# Beyond, BFGS costs more than it tells: a path is of limited memory, and only the best end is climbed on from.
+_MAX_BFGS_DIM = 256
 _WORTHWHILE = 0.1
 
 
@@ -117,12 +119,13 @@ class BatchAndMatch:
     """The default preconditioner: quasi-Newton paths, the best Gaussian by ELBO, then batch and match.
 
     Args:
-        num_steps: updates at most; by default ``max(100, 2 D)`` with a dense covariance, 150 with a low-rank one.
+        num_steps: updates at most; by default ``max(100, 2 D)`` up to D = 256, then 100 with a dense covariance and
+            150 with a low-rank one.
         batch_size: draws per update, twice as many with a low-rank covariance.
         max_path_steps: quasi-Newton steps per start, and half as many per further climb.
         max_climbs: climbs per start, each from the end of the one before with its curvature measured anew.
-        max_dense_dim: the largest D for a dense covariance. At 256 that is 512 updates of 64 draws and 4 seconds of
-            algebra, at 1,024 four times as many and two minutes; the low-rank form takes 150 and 1 to 3 seconds.
+        max_dense_dim: the largest D for a dense covariance. At 650 its 100 updates of 64 draws take 7 seconds, the
+            low-rank form's 1 to 3; on a multinomial regression they gained 32 nats of ELBO.
         rank: directions of the low-rank covariance beyond; 0 makes it diagonal.
         candidates_per_path, elbo_draws: how many points of a climb are compared, by how many draws each.
     """
@@ -134,7 +137,7 @@ class BatchAndMatch:
         batch_size: int = 64,
         max_path_steps: int = 200,
         max_climbs: int = 5,
-        max_dense_dim: int = 256,
+        max_dense_dim: int = 1024,
         rank: int = 32,
         candidates_per_path: int = 12,
         elbo_draws: int = 16,
@@ -164,11 +167,11 @@ class BatchAndMatch:
         start, path_elbo = self._best_by_elbo(scored, climbs, ends)
         scored.anchor(start.loc)
         guards: Counter[str] = Counter()
-        num_steps = (max(100, 2 * target.dim) if dense else 150) if self.num_steps is None else self.num_steps
+        num_steps = self._default_steps(target.dim) if self.num_steps is None else self.num_steps
         low_rank = LowRankMatch(self.rank)
         affine = match(
             scored,
-            start if dense else low_rank.cut(start),
+            _dense(start) if dense else low_rank.cut(start),
             batch_and_match_dense if dense else low_rank,
             num_steps,
             self.batch_size if dense else 2 * self.batch_size,
@@ -190,16 +193,25 @@ class BatchAndMatch:
             unresolved=tuple((affine.variances.sqrt() < resolution).nonzero()[:, 0].tolist()),
         )
 
+    def _default_steps(self, dim: int) -> int:
+        """Fewer beyond D = 256, where a dense covariance is a measured one, and an update takes D^3 operations."""
+        if dim > self.max_dense_dim:
+            return 150
+        return max(100, 2 * dim) if dim <= _MAX_BFGS_DIM else 100
+
     def _climb(self, target: ScoredTarget, starts: Tensor, dense: bool) -> tuple[list[QuasiNewtonPaths], _Ends]:
         """Paths from the starts, and on from their ends with the curvature measured there, while that gains.
 
         A path that has not come to its end twice running is left alone: its density may well have none.
         """
-        memory = None if dense else _MEMORY
+        is_large = target.dim > _MAX_BFGS_DIM
+        memory = _MEMORY if is_large or not dense else None
         climbs = [quasi_newton_paths(target, starts, self.max_path_steps, memory=memory, noise=target.noise)]
         ends = _Ends(climbs[0].ends, climbs[0].end_log_densities, climbs[0].end_scores)
         going = torch.arange(len(starts), device=starts.device)
-        unfinished = climbs[0].lengths > self.max_path_steps
+        if is_large:
+            going = ends.log_densities.argmax()[None]
+        unfinished = climbs[0].lengths[going] > self.max_path_steps
         max_steps = max(1, self.max_path_steps // 2)  # Newton steps, at first: fewer do
         while dense and len(climbs) < self.max_climbs and len(going) > 0:
             x, log_density, score = (values[going] for values in ends)
@@ -252,6 +264,15 @@ class BatchAndMatch:
         # y'y and y's have the same expectation where q is right: their difference has less noise than y's + 1.
         discrepancy = torch.maximum((score + y).mean(0).abs(), (y * (score + y)).mean(0).abs())
         return _elbo(log_density[finite], affine), float(discrepancy.max())
+
+
+def _dense(gaussian: AffineMap) -> AffineMap:
+    """The same Gaussian with a triangular factor."""
+    if gaussian.is_dense:
+        return gaussian
+    covariance = gaussian.covariance
+    covariance = covariance.diag() if covariance.dim() == 1 else covariance
+    return AffineMap(gaussian.loc, torch.linalg.cholesky(covariance))
 
 
 def _elbo(log_density: Tensor, affine: AffineMap) -> float:
