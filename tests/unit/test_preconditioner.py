@@ -157,6 +157,15 @@ def test_low_rank_form_finds_scales_and_directions(kind):
     assert sds < 1e-2
 
 
+def test_dense_form_where_paths_are_of_limited_memory():
+    """Beyond D = 256 ten pairs cannot tell 260 scales and all their correlations: the measured curvature does."""
+    dim, scale = 260, torch.logspace(-2, 2, 260)
+    p = GaussianTarget(scale * torch.randn(dim), scale[:, None] * random_covariance(dim) * scale)
+    got = fit(p, num_starts=2)
+    assert got.affine.is_dense
+    assert max(relative_errors(got, p)) < 1e-3
+
+
 def test_counts_are_those_of_the_target():
     p = GaussianTarget(torch.zeros(3), torch.eye(3))
     got = fit(p, num_steps=7, batch_size=10)

@@ -1,0 +1,40 @@
+"""The defaults by dimension: what grows with D, and what does not."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from torch import nn
+
+from pyro_sivism.family import DiagonalNormal, ScoreNetwork
+from pyro_sivism.recipe import Recipe
+
+
+def num_weights(dim: int) -> int:
+    """Of both networks by default."""
+    recipe = Recipe.for_dim(dim)
+    family = DiagonalNormal(
+        dim, recipe.mixing_dim, recipe.guide_hidden_dims, scale_depends_on_z=recipe.scale_depends_on_z
+    )
+    modules: list[nn.Module] = [family, ScoreNetwork(dim, recipe.critic_hidden_dims)]
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
+def test_networks_grow_with_d_and_not_with_its_square():
+    assert num_weights(8000) < 2.05 * num_weights(4000)
+
+
+@pytest.mark.parametrize("dim", [1, 22, 144, 256])
+def test_every_coordinate_has_a_mixing_variable_up_to_256(dim):
+    assert Recipe.for_dim(dim).mixing_dim == dim
+
+
+def test_steps_follow_the_distance_between_their_bounds():
+    for dim in (10, 1000):
+        recipe = Recipe.for_dim(dim)
+        near, far = (recipe.steps_for(divergence) for divergence in (0.5 * dim, 2.0 * dim))
+        assert recipe.steps_for(0.0) <= near <= far <= recipe.max_steps
+        assert recipe.steps_for(math.inf) == recipe.steps_for(math.nan) == recipe.max_steps
+    # Past 256 dimensions it is the distance of a coordinate: .5 of its sd at a move of guide_lr a step.
+    assert near == round(0.5**0.5 / recipe.guide_lr)
