@@ -31,7 +31,8 @@ class Thresholds:
 
     Attributes:
         moment: the error of a mean in posterior sds, or of an sd in log2, beyond two standard errors.
-        fisher: the Fisher divergence beyond two standard errors, in the frame of q.
+        fisher: the Fisher divergence beyond two standard errors, in the frame of q; times D / 32 beyond D = 32, where
+            as much is spread over more directions and the errors of the moments say which is wrong.
         mode: the share of the mass in a lost mode.
         weight: how far the weights of separate modes are off, their total variation distance.
         nonfinite: the fraction of draws at which the target is not finite.
@@ -238,7 +239,8 @@ def _fisher_finding(fisher: FisherStatistics, name: Callable[[int], str], thresh
     text = (
         f"the scores of q and of the model differ by {fisher.total:.2g} (mean square, where q has sd 1), most in {site}"
     )
-    return _finding("fisher", (site,), size, thresholds, text)
+    factor = max(1.0, len(fisher.coordinates) / 32.0)
+    return _finding("fisher", (site,), size, (factor * thresholds[0], factor * thresholds[1]), text)
 
 
 def _mode_findings(modes: ModeSearch, name: Callable[[int], str], table: Thresholds) -> list[Finding]:

@@ -163,7 +163,7 @@ def _gradients(ranks, objective, cut):
     training = Training(
         family, averaged, critic, objective, recipe, optim=optim, critic_optim=optim, name="q", ranks=ranks
     )
-    training.connect(target, {"loc": target.loc})
+    training.connect(target, target, {"loc": target.loc})
     randn, randn_like = torch.randn, torch.randn_like
     torch.randn, torch.randn_like = _given_noise(ranks, 7)
     try:
