@@ -132,7 +132,8 @@ class Comparison:
     def __str__(self) -> str:
         rows = self.worst[:_MAX_SITES_SHOWN]
         width = max(len("worst element"), *(len(row.element) for row in rows))
-        lines = [f"{'worst element':{width}}  mean difference       sd ratio          KS (noise)     NUTS ESS"]
+        header = f"  {'mean difference':16}  {'sd ratio':16}  {'KS (noise)':14}  {'NUTS ESS':>9}"
+        lines = [f"{'worst element':{width}}{header}"]
         for row in rows:
             lines.append(
                 f"{row.element:{width}}  {row.mean_difference:+6.3f} +- {row.mean_difference_se:<6.3f}"

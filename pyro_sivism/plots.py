@@ -20,6 +20,7 @@ _NUTS_COLOR, _FIT_COLOR = "#7fa8cf", "#c1440e"
 _MAX_POINTS = 1000
 _SHOWN = (0.002, 0.998)  # quantiles of NUTS's draws between which an axis runs
 _MARGIN = 0.15
+_NUM_TICKS = 4
 
 
 def plot_comparison(comparison: Comparison, elements: Sequence[str] | None = None, *, most: int = 4) -> Figure:
@@ -76,6 +77,7 @@ def plot_comparison(comparison: Comparison, elements: Sequence[str] | None = Non
                 _pair(axes, comparison, x, y)
                 axes.set_ylim(limits[y])
             _label(axes, x if row == count - 1 else None, y if column == 0 and row > 0 else None, row == column)
+    figure.align_ylabels(list(grid[1:, 0]))
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper right", frameon=False)
     return figure
@@ -123,6 +125,7 @@ def _label(axes: Any, x: str | None, y: str | None, is_marginal: bool) -> None:
     for side in ("top", "right", *(["left"] if is_marginal else [])):
         axes.spines[side].set_visible(False)
     axes.tick_params(labelsize="small")
+    axes.xaxis.get_major_locator().set_params(nbins=_NUM_TICKS)
     if x is None:
         axes.tick_params(labelbottom=False)
     else:

@@ -53,7 +53,7 @@ def posterior_of_normal(y):
 
 def exact(model, *args, mean, covariance):
     """A fit that starts, and here ends, as the Gaussian that is given."""
-    return SIVISM(model, preconditioner=FixedGaussian(mean, covariance)).setup(*args)
+    return SIVISM(model, preconditioner=FixedGaussian(mean, covariance), num_particles=8).setup(*args)
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,12 @@ def fitted():
     pyro.set_rng_seed(0)
     mean, sd = posterior_of_normal(Y)
     return exact(normal, Y, mean=torch.tensor([mean]), covariance=torch.tensor([[sd**2]]))
+
+
+@pytest.fixture(scope="module")
+def raw_units():
+    pyro.set_rng_seed(0)
+    return exact(correlated, mean=LOC, covariance=COVARIANCE)
 
 
 # --- distances ---------------------------------------------------------------------------------------
@@ -126,10 +132,10 @@ def compared(draws, reference):
     return compare_module._compare(names, ["x"] * len(names), draws, reference, fit=cost, nuts=cost)
 
 
-@pytest.mark.parametrize(("correlation", "shift", "scale"), [(0.0, 0.0, 1.0), (0.8, 0.0, 1.0), (0.8, 3.0, 0.5)])
-def test_standard_errors_are_those_of_the_errors(correlation, shift, scale):
+@pytest.mark.parametrize(("shift", "scale"), [(0.0, 1.0), (3.0, 0.5)])
+def test_standard_errors_are_those_of_the_errors(shift, scale):
     """Over 200 elements, what an error is off its true value, in its standard errors, has mean square 1."""
-    chains = autoregressive(2, 1000, 200, correlation)
+    chains = autoregressive(2, 1000, 200, 0.8)
     draws = shift + scale * torch.randn(1000, 200).double().numpy()
     table = compared(draws, chains).table
     of_mean = np.array([(row.mean_difference - shift) / row.mean_difference_se for row in table])
@@ -231,9 +237,8 @@ def test_reference_draws_that_do_not_fit_say_so(fitted, nuts, message):
         compare_with_nuts(fitted, nuts=nuts)
 
 
-def test_sites_without_reference_draws_are_named():
-    fit = exact(correlated, mean=LOC, covariance=COVARIANCE)
-    comparison = compare_with_nuts(fit, nuts={"z": LOC[:2] + torch.randn(200, 2)})
+def test_sites_without_reference_draws_are_named(raw_units):
+    comparison = compare_with_nuts(raw_units, nuts={"z": LOC[:2] + torch.randn(200, 2)})
     assert [row.element for row in comparison.table] == ["z[0]", "z[1]"]
     assert comparison.left_out == ("a",)
     assert "want of draws: a" in str(comparison)
@@ -251,16 +256,15 @@ def test_only_fits_are_compared(fitted):
 # --- NUTS from a fit ---------------------------------------------------------------------------------
 
 
-def draw(kernel, *args, num_samples=400, warmup_steps=50, **kwargs):
+def draw(kernel, *args, num_samples=200, warmup_steps=30, **kwargs):
     mcmc = MCMC(kernel, num_samples=num_samples, warmup_steps=warmup_steps, disable_progbar=True, **kwargs)
     mcmc.run(*args)
     return mcmc
 
 
-def test_the_posterior_in_raw_units_after_fifty_steps():
+def test_the_posterior_in_raw_units_after_thirty_steps(raw_units):
     """Means and covariance within five standard errors, from about seven gradients a draw."""
-    kernel = nuts_from(exact(correlated, mean=LOC, covariance=COVARIANCE))
-    mcmc = draw(kernel)
+    mcmc = draw(nuts_from(raw_units))
     samples = mcmc.get_samples(group_by_chain=True)
     x = torch.cat([samples["z"], samples["a"].log()[..., None]], -1).double()
     white = torch.linalg.solve_triangular(
@@ -271,15 +275,14 @@ def test_the_posterior_in_raw_units_after_fifty_steps():
         values = quantities.numpy()
         se = values.std((0, 1)) / np.sqrt(effective_sample_size(values))
         assert (abs(values.mean((0, 1))) < 5 * se).all()
-    assert effective_sample_size(white.numpy()).min() > 200
+    assert effective_sample_size(white.numpy()).min() > 100
     (evaluations,) = mcmc.diagnostics()["evaluations"].values()
-    assert evaluations < 450 * 12
+    assert evaluations < 230 * 12
 
 
 @pytest.mark.parametrize("full_mass", [True, False, [("a",)], [("z",)]])
-def test_the_mass_matrix_is_the_covariance_in_pyros_order(full_mass):
-    fit = exact(correlated, mean=LOC, covariance=COVARIANCE)
-    kernel = nuts_from(fit, full_mass=full_mass)
+def test_the_mass_matrix_is_the_covariance_in_pyros_order(raw_units, full_mass):
+    kernel = nuts_from(raw_units, full_mass=full_mass)
     kernel.setup(10)
     columns = {"z": [0, 1], "a": [2]}
     blocks = kernel.inverse_mass_matrix
@@ -349,7 +352,7 @@ def test_every_chain_starts_at_its_own_draw_of_the_fit(fitted):
 def test_other_arguments_give_their_own_posterior(fitted):
     y = torch.full((6,), 3.0)
     for kernel, args in ((nuts_from(fitted, y), ()), (nuts_from(fitted), (y,))):
-        mu = draw(kernel, *args, num_samples=300).get_samples(group_by_chain=True)["mu"].double().numpy()
+        mu = draw(kernel, *args, num_samples=100).get_samples(group_by_chain=True)["mu"].double().numpy()
         mean, sd = posterior_of_normal(y)
         ess = effective_sample_size(mu[..., None])[0]
         assert abs(mu.mean() - mean) < 5 * sd / math.sqrt(ess)
@@ -366,7 +369,7 @@ def test_keywords_go_to_nuts_or_to_the_model(fitted):
         nuts_from(fitted, jit_compile=True)
 
 
-def test_random_minibatches_and_other_latents_are_refused(fitted):
+def test_random_minibatches_are_refused():
     def model(y, size):
         mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
         with pyro.plate("data", len(y), subsample_size=size) as i:
@@ -379,11 +382,16 @@ def test_random_minibatches_and_other_latents_are_refused(fitted):
         compare_with_nuts(fit)
     assert compare_with_nuts(fit, nuts={"mu": torch.randn(100)}).left_out == ()
     nuts_from(fit, Y, 6)  # the full data
-    other = exact(correlated, mean=LOC, covariance=COVARIANCE)
-    other.model = normal
-    other.guide.attach_model(normal)
-    with pytest.raises(LayoutChangedError):
-        nuts_from(other, Y)
+
+
+def test_arguments_with_other_latents_are_refused():
+    def model(count):
+        with pyro.plate("group", count):
+            pyro.sample("x", dist.Normal(0.0, 1.0))
+
+    fit = exact(model, 2, mean=torch.zeros(2), covariance=torch.eye(2))
+    with pytest.raises(LayoutChangedError, match="'x'"):
+        draw(nuts_from(fit), 3)
 
 
 # --- pictures ----------------------------------------------------------------------------------------
