@@ -3,7 +3,7 @@
 What NUTS spends its warm-up on is finding the posterior and learning its scales. A fit q knows both: chains start at
 draws of q, and the inverse mass matrix is q's covariance on the unconstrained space, so that only the step size is left
 to adapt, in about a hundred iterations. The chain's law is the model's whatever q is; a poor q costs time, not truth,
-except that a chain started by a q that has lost a mode is as unlikely as any other chain to find it.
+except that a chain started in one of two separate modes seldom finds the other, from q's draws as from any start.
 """
 
 from __future__ import annotations
@@ -27,12 +27,15 @@ __all__ = ["FittedNUTS", "nuts_from", "require_fit"]
 
 _MAX_DENSE_DIM = 256
 _NUM_DRAWS = 4000
-_DRAWS_PER_DIM = 20  # eigenvalues of a covariance from so many are right to about 2 / sqrt(20) = 45%
+_DRAWS_PER_DIM = 100  # eigenvalues of a covariance from so many are right to about 2 / sqrt(100) = 20%
 _NUM_STARTS = 64
 
 
 def nuts_from(sivism: SIVISM, *args: Any, full_mass: bool | list | None = None, **kwargs: Any) -> FittedNUTS:
     """A ``pyro.infer.NUTS`` kernel whose chains start at draws of a fit, with its covariance as inverse mass matrix.
+
+    Where only NUTS's draws are wanted a short fit serves, often ``sivism.setup(*args)`` alone: the Gaussian that a fit
+    begins with has the place and the scales, and the rest is for the chains to find.
 
     Each chain starts at its own draw. Only the step size is adapted, so that a warm-up of about 100 steps does. The
     potential is the fit's own target, :class:`Target`, which replays the model's graph where it can: the kernel takes
@@ -44,7 +47,8 @@ def nuts_from(sivism: SIVISM, *args: Any, full_mass: bool | list | None = None, 
         full_mass: as for NUTS: True for one dense matrix, False for a diagonal one, or a list of tuples of sites that
             get a dense block each. If None, dense up to 256 dimensions.
         kwargs: keyword arguments of ``pyro.infer.NUTS`` other than ``model``, ``potential_fn``, ``transforms`` and
-            those of its compilation and initialization; and any other keyword, which goes to the model.
+            those of its compilation and initialization; and any other keyword, which goes to the model (a model's
+            keyword of a name that NUTS has too is to be given by position).
             ``adapt_mass_matrix`` is False unless given: with True the warm-up goes on from the fit's covariance, which
             helps where the fit is poor and the warm-up several hundred steps long.
 
@@ -57,7 +61,7 @@ def nuts_from(sivism: SIVISM, *args: Any, full_mass: bool | list | None = None, 
         ArgumentError: a keyword that the kernel sets itself.
 
     Source: Hoffman and Gelman, The No-U-Turn Sampler, JMLR 15 (2014); a variational fit as the start and the metric:
-    Zhang, Carpenter, Gelman and Vehtari, Pathfinder, JMLR 23 (2022), section 5.
+    Zhang, Carpenter, Gelman and Vehtari, Pathfinder, JMLR 23 (2022).
 
     Example:
 
