@@ -148,7 +148,7 @@ class SIVISM:
         check_optimizer(optim, "optim")
         check_optimizer(critic_optim, "critic_optim")
         self.model, self.guide, self.optim, self.critic_optim = model, guide, optim, critic_optim
-        self.loss = PathGradientKL() if loss is None else copy.copy(loss)  # another fit may share the object
+        self.loss = PathGradientKL() if loss is None else loss.unbound()  # another fit may share the object
         self.preconditioner = BatchAndMatch() if preconditioner is None else preconditioner
         self._critic, self._num_particles, self._critic_steps = critic, num_particles, critic_steps
         self._capture, self._compile = bool(capture), compile
@@ -265,6 +265,14 @@ class SIVISM:
         self._gaussian_fit = self.preconditioner.fit(self.target.over_minibatches(), find_starts(self.target, init))
         self.guide.affine = self._gaussian_fit.affine
         self.guide.is_fitted = True
+        if self._gaussian_fit.unresolved and self.ranks.is_first:
+            names = self.guide.layout.coordinate_names
+            coarse = ", ".join(names[i] for i in self._gaussian_fit.unresolved[:5])
+            warn(
+                f"the posterior sd of {coarse} is below 100 rounding units of its mean in {init.dtype}, so that scores "
+                "and draws are coarse there. Center or rescale the data, or use float64.",
+                FitWarning,
+            )
         self._seconds["preconditioner"] = time.perf_counter() - started
 
     def _make_training(self) -> Training:
@@ -326,6 +334,7 @@ class SIVISM:
         return self._step(self._bind(args, kwargs)).loss
 
     def _step(self, training: Training) -> StepInfo:
+        self._verdict = None  # it was on another q
         self.target.resample_minibatch()  # one minibatch for the critic and the guide alike
         if self._compile and training.num_steps >= _STEPS_BEFORE_COMPILING:
             self._compile_steps(training)
@@ -527,6 +536,11 @@ class SIVISM:
             "training": training.state_dict(),
             "model_params": {name: p.detach().clone() for name, p in self.target.params().items()},
             "seconds": self._seconds,
+            "settings": {
+                "loss": self.loss.unbound(),
+                "num_particles": self._num_particles,
+                "critic_steps": self._critic_steps,
+            },
         }
         write_atomically(state, path)
 
@@ -537,12 +551,13 @@ class SIVISM:
         Args:
             path: the file; it is unpickled, so load only files you trust.
             model: the model the fit was made with; models are code and are not saved.
-            kwargs: the arguments of :class:`SIVISM` the fit was made with (``optim``, ``loss``, ...), to go on as
-                before. The model's learned ``pyro.param``s are put back at the first call with arguments.
+            kwargs: arguments of :class:`SIVISM`. The objective, ``num_particles`` and ``critic_steps`` are those of the
+                file unless given; pass the optimizers that the fit was made with, to go on as before. The model's
+                learned ``pyro.param``s are put back at the first call with arguments.
         """
         saved = torch.load(path, weights_only=False)
         saved["guide"].attach_model(model)
-        sivism = cls(model, saved["guide"], **kwargs)
+        sivism = cls(model, saved["guide"], **{**saved["settings"], **kwargs})
         sivism._saved, sivism._seconds = saved, saved["seconds"]
         return sivism
 

@@ -11,6 +11,7 @@ To write your own objective:
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -56,6 +57,13 @@ class Objective:
     def setup(self, family: SemiImplicit, target: TargetDensity, critic: nn.Module) -> None:
         """Remember the family to move, the whitened target to move it to, and the critic between them."""
         self.family, self.target, self.critic = family, target, critic
+
+    def unbound(self) -> Objective:
+        """A copy with the settings and without what :meth:`setup` brought in."""
+        other = copy.copy(self)
+        for name in ("family", "target", "critic"):
+            other.__dict__.pop(name, None)
+        return other
 
     def make_critic(self, dim: int, hidden_dims: Sequence[int]) -> nn.Module:
         """A critic for D = ``dim``: by default an estimate of grad log q."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -615,6 +616,41 @@ def test_a_failed_fit_says_so():
         fit = sivism.run(100, torch.randn(20), progress_bar=False)
     assert fit.verdict.level == "bad"
     assert sivism.to_inference_data().posterior.attrs["verdict"] == "bad"
+
+
+@pytest.mark.usefixtures("small_recipe")
+def test_a_verdict_is_of_the_fit_it_was_made_for(monkeypatch):
+    """Steps move q on, so that what was said of it no longer counts: not in a short run's result, nor in a file."""
+    sivism = quick(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FitWarning)  # tiny networks
+        assert sivism.run(100, Y, progress_bar=False).verdict is not None
+    assert "verdict" in sivism.to_inference_data().posterior.attrs
+    assert sivism.run(1, Y, progress_bar=False).verdict is None
+    assert "verdict" not in sivism.to_inference_data().posterior.attrs
+
+
+def test_a_posterior_that_float32_cannot_resolve_is_named():
+    def far(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1e6))
+        pyro.sample("y", dist.Normal(mu, 1e-3).expand([1]).to_event(1), obs=y)
+
+    with pytest.warns(FitWarning, match="the posterior sd of mu is below 100 rounding units.*use float64"):
+        SIVISM(far).setup(torch.tensor([1e4]))
+
+
+@pytest.mark.usefixtures("small_recipe")
+def test_a_saved_fit_goes_on_by_its_own_objective(tmp_path):
+    """A critic of f itself read as a score of q would move the guide anywhere."""
+    sivism = SIVISM(model, loss=FisherDivergence(target_residual=False), num_particles=12, critic_steps=2)
+    sivism.step(Y)
+    sivism.save(tmp_path / "fit")
+    resumed = SIVISM.load(tmp_path / "fit", model)
+    assert isinstance(resumed.loss, FisherDivergence)
+    assert not resumed.loss.target_residual
+    resumed.step(Y)
+    assert (resumed._training.recipe.num_particles, resumed._training.recipe.critic_steps) == (12, 2)
+    assert isinstance(SIVISM.load(tmp_path / "fit", model, loss=PathGradientKL()).loss, PathGradientKL)
 
 
 def test_a_right_fit_is_called_good(no_warnings, capsys):
