@@ -38,7 +38,7 @@ from record import versions
 from torch import Tensor
 from torch.distributions import Chi2, Gamma
 
-from pyro_sivism.diagnostics import drift_statistics, find_modes, judge, stein_statistics
+from pyro_sivism.diagnostics import drift_statistics, find_modes, judge, stein_statistics, tail_indices
 from pyro_sivism.errors import SivismError
 from pyro_sivism.family import BatchAndMatch, TargetDensity
 from pyro_sivism.layout import LatentLayout
@@ -299,7 +299,13 @@ def judge_draws(target: TargetDensity, x: Tensor, labels: list[str] | None) -> t
     try:
         stein = stein_statistics(x, target.score(x))
         quick = judge(stein, labels=labels)
-        full = judge(stein, drift=drift_statistics(target, x[:2048]), modes=find_modes(target, x), labels=labels)
+        full = judge(
+            stein,
+            drift=drift_statistics(target, x[:2048]),
+            modes=find_modes(target, x),
+            tails=tail_indices(target, x),
+            labels=labels,
+        )
     except SivismError as error:
         return "bad", "bad", f"{type(error).__name__}: {error}", time.process_time() - started
     return quick.level, full.level, full.sentence, time.process_time() - started

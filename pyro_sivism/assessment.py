@@ -16,6 +16,7 @@ from pyro_sivism.diagnostics import (
     fisher_statistics,
     judge,
     stein_statistics,
+    tail_indices,
 )
 from pyro_sivism.family import AffineMap, GaussianFit, SemiImplicit, TargetDensity
 from pyro_sivism.objectives import Objective
@@ -41,7 +42,7 @@ def assess(
 ) -> Verdict:
     """Judge q from 2,048 draws; one score a draw, and about twenty more of half of them for the short chains.
 
-    Where the model draws random minibatches the chains and the search for modes, which need exact densities, are left
+    Where the model draws random minibatches the chains and the searches for modes and tails, which need exact ones, are left
     out, and the other instruments allow for the minibatches' noise.
 
     Args:
@@ -68,6 +69,7 @@ def assess(
         fisher=_fisher(target, affine, objective.critic, objective, sample.x, x, score, sample.conditional_score),
         drift=drift_statistics(target, x[:num_chains]) if exact else None,
         modes=find_modes(target, x, extra_starts=ends) if seeks_modes else None,
+        tails=tail_indices(target, x) if seeks_modes else None,
         labels=target.layout.coordinate_names,
     )
 

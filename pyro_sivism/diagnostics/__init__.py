@@ -5,6 +5,7 @@ from pyro_sivism.diagnostics.fisher import FisherStatistics, fisher_statistics
 from pyro_sivism.diagnostics.modes import Mode, ModeSearch, find_modes
 from pyro_sivism.diagnostics.moments import MomentErrors
 from pyro_sivism.diagnostics.stein import SteinStatistics, WorstDirection, stein_statistics
+from pyro_sivism.diagnostics.tails import TailIndices, tail_indices
 from pyro_sivism.diagnostics.verdict import Finding, Thresholds, Verdict, judge
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "ModeSearch",
     "MomentErrors",
     "SteinStatistics",
+    "TailIndices",
     "Thresholds",
     "Verdict",
     "WorstDirection",
@@ -23,4 +25,5 @@ __all__ = [
     "fisher_statistics",
     "judge",
     "stein_statistics",
+    "tail_indices",
 ]

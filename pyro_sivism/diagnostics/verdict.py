@@ -19,6 +19,7 @@ from pyro_sivism.diagnostics.fisher import FisherStatistics
 from pyro_sivism.diagnostics.modes import Mode, ModeSearch
 from pyro_sivism.diagnostics.moments import NUM_STANDARD_ERRORS, MomentErrors
 from pyro_sivism.diagnostics.stein import SteinStatistics, WorstDirection
+from pyro_sivism.diagnostics.tails import TailIndices
 
 __all__ = ["Finding", "Thresholds", "Verdict", "judge"]
 
@@ -35,6 +36,8 @@ class Thresholds:
             as much is spread over more directions and the errors of the moments say which is wrong.
         mode: the share of the mass in a lost mode.
         weight: how far the weights of separate modes are off, their total variation distance.
+        tail: one over the tail index, which is the degrees of freedom of a Student-t tail; at 2 its variance is
+            infinite.
         nonfinite: the fraction of draws at which the target is not finite.
     """
 
@@ -42,6 +45,7 @@ class Thresholds:
     fisher: tuple[float, float] = (1.0, 10.0)
     mode: tuple[float, float] = (0.01, 0.1)
     weight: tuple[float, float] = (0.08, 0.25)
+    tail: tuple[float, float] = (0.2, 0.5)
     nonfinite: tuple[float, float] = (0.002, 0.05)
 
 
@@ -50,7 +54,7 @@ class Finding:
     """One thing an instrument found.
 
     Attributes:
-        instrument: "stein", "drift", "fisher", "modes" or "draws".
+        instrument: "stein", "drift", "fisher", "modes", "tails" or "draws".
         sites: where: the coordinate's or coordinates' names; empty where the finding is about all.
         size: in the units of the threshold.
         severity: 1 at the suspect threshold, 2 at the bad one, in proportion to the logarithm between and beyond.
@@ -76,7 +80,7 @@ class Verdict:
         level: "good": no instrument found an error that matters; "suspect": use with care; "bad": do not use.
         sentence: what is worst and where, in words.
         findings: everything at or above "suspect", worst first.
-        stein, fisher, drift, modes: the statistics behind it, None where an instrument was not used.
+        stein, fisher, drift, modes, tails: the statistics behind it, None where an instrument was not used.
     """
 
     level: str
@@ -86,6 +90,7 @@ class Verdict:
     fisher: FisherStatistics | None = None
     drift: DriftStatistics | None = None
     modes: ModeSearch | None = None
+    tails: TailIndices | None = None
 
     def __str__(self) -> str:
         return f"{self.level}: {self.sentence}"
@@ -106,6 +111,8 @@ class Verdict:
             values["fisher_divergence"], values["fisher_divergence_se"] = self.fisher.total, self.fisher.total_se
         if self.modes is not None:
             values["num_modes"], values["num_lost_modes"] = len(self.modes.modes), len(self.modes.lost)
+        if self.tails is not None:
+            values["tail_index_min"] = self.tails.index.min().item()
         return values
 
 
@@ -115,6 +122,7 @@ def judge(
     fisher: FisherStatistics | None = None,
     drift: DriftStatistics | None = None,
     modes: ModeSearch | None = None,
+    tails: TailIndices | None = None,
     labels: Sequence[str] | Callable[[int], str] | None = None,
     thresholds: Thresholds | None = None,
 ) -> Verdict:
@@ -124,7 +132,7 @@ def judge(
     cost more, and belong at its end.
 
     Args:
-        stein, fisher, drift, modes: what the instruments returned.
+        stein, fisher, drift, modes, tails: what the instruments returned.
         labels: names of the coordinates of x, or a function from a coordinate's index to its name.
         thresholds: the table of thresholds; the calibrated one if None.
 
@@ -155,11 +163,13 @@ def judge(
         found.append(_fisher_finding(fisher, name, table.fisher))
     if modes is not None:
         found += _mode_findings(modes, name, table)
+    if tails is not None:
+        found.append(_tail_finding(tails, name, table.tail))
     found.sort(key=lambda finding: -finding.severity)
     alarms = tuple(finding for finding in found if finding.level != "good")
     level = alarms[0].level if alarms else "good"
     sentence = alarms[0].text if alarms else _all_clear(stein.coordinates, modes)
-    return Verdict(level, sentence, alarms, stein, fisher, drift, modes)
+    return Verdict(level, sentence, alarms, stein, fisher, drift, modes, tails)
 
 
 # --- findings -----------------------------------------------------------------------------------------
@@ -241,6 +251,13 @@ def _fisher_finding(fisher: FisherStatistics, name: Callable[[int], str], thresh
     )
     factor = max(1.0, len(fisher.coordinates) / 32.0)
     return _finding("fisher", (site,), size, (factor * thresholds[0], factor * thresholds[1]), text)
+
+
+def _tail_finding(tails: TailIndices, name: Callable[[int], str], thresholds: tuple[float, float]) -> Finding:
+    index, i = tails.index.min(0)
+    site = name(int(i))
+    text = f"{site}: tails as heavy as Student's t with {index:.1f} degrees of freedom, whose ends have no draws"
+    return _finding("tails", (site,), 1.0 / max(index.item(), 1e-3), thresholds, text)
 
 
 def _mode_findings(modes: ModeSearch, name: Callable[[int], str], table: Thresholds) -> list[Finding]:

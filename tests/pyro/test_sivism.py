@@ -663,6 +663,7 @@ def test_a_right_fit_is_called_good(no_warnings, capsys):
 
     fit = SIVISM(model).run(None, torch.randn(20))
     assert fit.verdict.level == "good"
+    assert fit.verdict.tails.index.item() > 100.0
     assert "good: means right to about" in capsys.readouterr().out
     assert fit.num_steps == 300
 
