@@ -42,8 +42,8 @@ def assess(
 ) -> Verdict:
     """Judge q from 2,048 draws; one score a draw, and about twenty more of half of them for the short chains.
 
-    Where the model draws random minibatches the chains and the searches for modes and tails, which need exact ones, are left
-    out, and the other instruments allow for the minibatches' noise.
+    Where the model draws random minibatches the chains and the searches for modes and tails, which need exact
+    densities, are left out, and the other instruments allow for the minibatches' noise.
 
     Args:
         target: the model's density, on the arguments it was fitted to.

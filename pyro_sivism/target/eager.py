@@ -33,7 +33,9 @@ def _vmap(runs: ModelRuns, x: Tensor, with_score: bool) -> tuple[Tensor, Tensor 
 
 def _loop(runs: ModelRuns, x: Tensor, with_score: bool) -> tuple[Tensor, Tensor | None]:
     """One particle after the other. One that fails is NaN; that all fail is the model's error."""
-    log_densities, scores, errors = [], [], []
+    log_densities: list[Tensor] = []
+    scores: list[Tensor] = []
+    errors: list[Exception] = []
     for point in x:
         try:
             log_density, score = with_autograd(runs.one, point, with_score)
@@ -43,7 +45,8 @@ def _loop(runs: ModelRuns, x: Tensor, with_score: bool) -> tuple[Tensor, Tensor 
             errors.append(error)
             log_density, score = x.new_tensor(torch.nan), torch.full_like(point, torch.nan)
         log_densities.append(log_density)
-        scores.append(score)
+        if score is not None:
+            scores.append(score)
     if len(errors) == len(x) and not isinstance(errors[0], torch.linalg.LinAlgError):
         raise errors[0]
-    return torch.stack(log_densities), torch.stack(scores) if with_score else None  # type: ignore[arg-type]
+    return torch.stack(log_densities), torch.stack(scores) if with_score else None
