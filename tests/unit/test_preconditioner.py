@@ -444,3 +444,34 @@ def test_fixed_gaussian_refuses_another_dimension():
 def test_batch_and_match_refuses_settings_out_of_range(settings):
     with pytest.raises(ArgumentError, match="expected"):
         BatchAndMatch(**settings)
+
+
+# --- rounds ----------------------------------------------------------------------------------------
+
+
+class LogGamma:
+    """Independent log Gamma(.3): a skewed target, whose mode is far from its mean."""
+
+    dim = 30
+
+    def log_density_and_score(self, x):
+        return (0.3 * x - x.exp()).sum(-1), 0.3 - x.exp()
+
+
+def test_updates_are_begun_anew_while_the_gaussian_is_far_and_nearing():
+    once, often = (_seeded_fit(LogGamma(), num_steps=10, max_rounds=rounds) for rounds in (1, 3))
+    assert once.discrepancy > 0.4
+    assert often.discrepancy < once.discrepancy
+    assert often.elbo > once.elbo + 0.5
+    assert often.num_evaluations > once.num_evaluations
+
+
+def test_a_gaussian_that_is_right_takes_one_round():
+    target = GaussianTarget(torch.zeros(4), random_covariance(4))
+    once, often = (_seeded_fit(target, max_rounds=rounds) for rounds in (1, 3))
+    assert often.num_evaluations == once.num_evaluations
+
+
+def _seeded_fit(target, **settings):
+    torch.manual_seed(0)
+    return fit(target, num_starts=2, **settings)
