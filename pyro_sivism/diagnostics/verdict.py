@@ -179,6 +179,7 @@ _COORDINATE_BONUS = (
 )
 _NUM_NAMED = 3
 _MIN_LOADING = 0.3
+_MIN_TAIL_INDEX = 0.5  # below it even the mean is infinite, and how far below says nothing more
 
 
 def _namer(labels: Sequence[str] | Callable[[int], str] | None) -> Callable[[int], str]:
@@ -256,8 +257,11 @@ def _fisher_finding(fisher: FisherStatistics, name: Callable[[int], str], thresh
 def _tail_finding(tails: TailIndices, name: Callable[[int], str], thresholds: tuple[float, float]) -> Finding:
     index, i = tails.index.min(0)
     site = name(int(i))
-    text = f"{site}: tails as heavy as Student's t with {index:.1f} degrees of freedom, whose ends have no draws"
-    return _finding("tails", (site,), 1.0 / max(index.item(), 1e-3), thresholds, text)
+    if index > 0.0:
+        text = f"{site}: tails as heavy as Student's t with {index:.1f} degrees of freedom, whose ends have no draws"
+    else:  # no tail of a density that can be normalised: q stands aside of the mass, or there is no end to it
+        text = f"{site}: the density still rises 4 to 16 sds from the draws' mean"
+    return _finding("tails", (site,), 1.0 / max(index.item(), _MIN_TAIL_INDEX), thresholds, text)
 
 
 def _mode_findings(modes: ModeSearch, name: Callable[[int], str], table: Thresholds) -> list[Finding]:

@@ -85,6 +85,16 @@ def test_the_verdict_names_the_coordinate_of_a_heavy_tail(float64):
     assert verdict.as_dict()["tail_index_min"] == pytest.approx(3.0, abs=0.2)
 
 
+def test_a_density_that_rises_beyond_the_draws_is_no_tail():
+    """q stands 1000 sds aside of the mass: the moments' error says so, before anything is said of tails."""
+    target = Target(lambda x: -0.5 * (x - 1000.0).square().sum(-1), 1)
+    x = draws(1)
+    verdict = judge(stein_statistics(x, target.score(x)), tails=tail_indices(target, x), labels=["mu"])
+    assert verdict.level == "bad"
+    assert "mu: mean more than 3 sds too low" in verdict.sentence
+    assert any("mu: the density still rises" in finding.text for finding in verdict.findings)
+
+
 def test_too_few_draws_are_refused():
     with pytest.raises(ArgumentError, match="at least 50 draws"):
         tail_indices(Target(student(3.0, torch.ones(1)), 1), torch.randn(10, 1))
