@@ -15,6 +15,7 @@ from pyro_sivism.guide import SemiImplicitGuide
 from pyro_sivism.layout import LatentLayout
 from pyro_sivism.nuts import nuts_from
 from pyro_sivism.objectives import FisherDivergence, Objective, PathGradientKL
+from pyro_sivism.reparametrization import decenter
 from pyro_sivism.results import FitResult, StepInfo
 from pyro_sivism.sivism import SIVISM
 from pyro_sivism.target import Target
@@ -43,5 +44,6 @@ __all__ = [
     "Verdict",
     "__version__",
     "compare_with_nuts",
+    "decenter",
     "nuts_from",
 ]
