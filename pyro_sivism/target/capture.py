@@ -26,7 +26,7 @@ from torch import Tensor, fx
 from torch.func import grad, grad_and_value, vjp, vmap
 
 from pyro_sivism.target.functorch import functorch_ready
-from pyro_sivism.target.graph import constants, has_detach, is_random, record, simplify
+from pyro_sivism.target.graph import closed_over, has_detach, is_random, record, simplify
 from pyro_sivism.target.runs import ModelRuns
 
 __all__ = ["CaptureError", "CapturedDensity"]
@@ -148,7 +148,7 @@ class CapturedDensity:
             graph = record(function, x, *(tensor.detach() for tensor in self._runs.inputs))
         if is_random(graph):
             raise CaptureError("the model draws random numbers outside of its sample sites")
-        held = constants(graph)
+        held = closed_over(graph)
         self._versions += [(tensor, tensor._version) for tensor in held if not tensor.requires_grad]
         stored = pyro.get_param_store().named_parameters()
         self._stored_params |= {name: leaf for name, leaf in stored if any(leaf is tensor for tensor in held)}

@@ -18,16 +18,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 from torch.func import functionalize
-from torch.fx.experimental.proxy_tensor import (
-    disable_proxy_modes_tracing,
-    get_proxy_mode,
-    has_proxy_slot,
-    make_fx,
-)
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
-__all__ = ["constants", "has_detach", "is_random", "is_recording", "record", "simplify"]
+from pyro_sivism.target.recording import TensorMeta, trace
+
+__all__ = ["closed_over", "has_detach", "is_random", "record", "simplify"]
 
 aten = torch.ops.aten
 
@@ -63,37 +57,27 @@ _FILLS = {
     aten.ones_like.default: 1.0,
     aten.new_ones.default: 1.0,
 }
-# These take the values out of a tensor, behind the back of a recording.
-_READS = {
-    Tensor.numpy,
-    Tensor.tolist,
-    Tensor.__array__,
-    Tensor.__dlpack__,
-    Tensor.untyped_storage,
-    Tensor.data_ptr,
-}
 _MAX_CONSTANT = 2**22  # numbers in a folded tensor: past it, recomputing is cheaper than the memory
 
 
-def record(function: Callable, *inputs: Any) -> fx.GraphModule:
+def record(function: Callable, *inputs: Tensor) -> fx.GraphModule:
     """The graph of ``function(*inputs)``, without operations that write into tensors.
 
-    Raises whatever the function raises when it asks for the value of a tensor, e.g. in a branch, and a RuntimeError
-    where it would get that value although a recording cannot follow it, e.g. by ``numpy()``.
+    Raises:
+        As :func:`pyro_sivism.target.recording.trace`.
     """
-    values = _Values()
-    with values:
-        graph_module = make_fx(function)(*inputs)
-    for node in graph_module.graph.nodes:  # now, as making the graph pure takes them apart
+    recording = trace(function, *inputs)
+    for node in recording.graph.nodes:  # now, as making the graph pure takes them apart
         if node.target is aten.binary_cross_entropy_with_logits.default:
-            _replace(node, _bernoulli(graph_module.graph, node))
-    graph_module.recompile()
-    if any(_is_mutable(node) for node in graph_module.graph.nodes):
-        graph_module = make_fx(functionalize(graph_module, remove="mutations"))(*inputs)
-        for node in graph_module.graph.nodes:
+            _replace(node, _bernoulli(recording.graph, node))
+    graph_module = fx.GraphModule(recording.constants, recording.graph)
+    if any(_is_mutable(node) for node in recording.graph.nodes):
+        pure = trace(functionalize(graph_module, remove="mutations"), *inputs)
+        for node in pure.graph.nodes:
             if node.target is aten.copy.default:  # has no derivative; it is its source, in the target's shape
-                _replace(node, _like_target(graph_module.graph, node))
-    graph_module.meta["read_constants"] = values.read_constants
+                _replace(node, _like_target(pure.graph, node))
+        graph_module = fx.GraphModule(pure.constants, pure.graph)
+    graph_module.meta["closed_over"] = recording.closed_over
     return graph_module
 
 
@@ -106,53 +90,14 @@ def simplify(graph_module: fx.GraphModule, keep_detach: bool = False) -> fx.Grap
     return graph_module
 
 
-def constants(graph_module: fx.GraphModule) -> list[Tensor]:
-    """The tensors that the graph holds, which a caller may have changed in place since."""
-    names = {node.target for node in graph_module.graph.nodes if node.op == "get_attr"}
-    return [getattr(graph_module, name) for name in names] + graph_module.meta.get("read_constants", [])
+def closed_over(graph_module: fx.GraphModule) -> list[Tensor]:
+    """The tensors that the recorded function read beside its inputs, and which may be changed in place later."""
+    return graph_module.meta["closed_over"]
 
 
 def has_detach(graph_module: fx.GraphModule) -> bool:
     """Whether the graph stops some gradient."""
     return any(node.target is aten.detach.default for node in graph_module.graph.nodes)
-
-
-def is_recording() -> bool:
-    """Whether a graph is being recorded, so that tensors have no values to ask for."""
-    return get_proxy_mode() is not None
-
-
-class _Values(TorchFunctionMode):
-    """What a function may know of the values of tensors while it is recorded.
-
-    ``torch.arange`` and what is computed from nothing else stay unrecorded: a loop over a range may then ask for its
-    values, which are the program's and not its inputs'. To take the values out of any other tensor in a way that a
-    recording does not see, as ``numpy()`` does, is an error: they would stay what they are now. Out of a tensor that
-    the function closed over they may be taken, like the tensor itself, and it is kept in :attr:`read_constants`.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.read_constants: list[Tensor] = []
-        self._known: dict[int, Tensor] = {}  # by id, and kept alive so that no other tensor gets it
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if func is torch.arange or (tensors and all(id(tensor) in self._known for tensor in tensors)):
-            with disable_proxy_modes_tracing():
-                result = func(*args, **kwargs)
-            self._known.update({id(leaf): leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)})
-            return result
-        if func in _READS:
-            self._check_read(func.__name__, args[0])
-        return func(*args, **kwargs)
-
-    def _check_read(self, name: str, tensor: Tensor) -> None:
-        mode = get_proxy_mode()
-        if mode is not None and has_proxy_slot(tensor, mode.tracer):
-            raise RuntimeError(f"{name}() takes the values out of a tensor that depends on latents or arguments")
-        self.read_constants.append(tensor)
 
 
 class _Simplifier:
@@ -192,7 +137,7 @@ class _Simplifier:
     def _unchanged(self, node: fx.Node) -> fx.Node | None:
         """The argument that this operation returns as it is, or None."""
         arguments = [a for a in node.args if isinstance(a, fx.Node)]
-        if not arguments or not isinstance(node.meta.get("val"), Tensor):
+        if not arguments or not isinstance(node.meta.get("val"), TensorMeta):
             return None
         if node.target in self.aliases:
             return arguments[0]
@@ -222,10 +167,15 @@ class _Simplifier:
     def _fold(self, node: fx.Node) -> fx.Node | None:
         """A constant in the place of an operation on constants, or None."""
         value = node.meta.get("val")
-        if node.op == "get_attr" or not isinstance(value, Tensor) or value.numel() > _MAX_CONSTANT or _is_random(node):
+        if (
+            node.op == "get_attr"
+            or not isinstance(value, TensorMeta)
+            or value.shape.numel() > _MAX_CONSTANT
+            or _is_random(node)
+        ):
             return None
         if node.target in _FILLS:  # only the argument's shape is read
-            result = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+            result = torch.empty_strided(value.shape, value.stride, dtype=value.dtype, device=value.device)
             result.fill_(_FILLS[node.target])
         else:
             found = [self._constant(argument) for argument in node.all_input_nodes]
@@ -323,10 +273,8 @@ def _same_meta(a: Any, b: Any) -> bool:
     """Whether two nodes are tensors of the same shape, strides, dtype and device."""
     if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)):
         return False
-    x, y = a.meta.get("val"), b.meta.get("val")
-    if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
-        return False
-    return (x.shape, x.stride(), x.dtype, x.device) == (y.shape, y.stride(), y.dtype, y.device)
+    x = a.meta.get("val")
+    return x is not None and x == b.meta.get("val")
 
 
 def _key(node: fx.Node) -> Any:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from pyro_sivism.errors import LayoutChangedError, ModelError
 from pyro_sivism.sites import LatentSite
-from pyro_sivism.target.graph import is_recording
+from pyro_sivism.target.recording import is_recording
 
 __all__ = [
     "Enumerate",

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import fx
 from torch.func import grad, vmap
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_sivism.target.graph import constants, has_detach, is_random, record, simplify
+from pyro_sivism.target.graph import closed_over, has_detach, is_random, record, simplify
+from pyro_sivism.target.recording import is_recording, trace
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -68,6 +69,11 @@ def saved_results(x):
     return (x.exp() * x.sigmoid() + x.tanh() * x.softmax(-1)).sum()
 
 
+def impure(function, *inputs):
+    recording = trace(function, *inputs)
+    return fx.GraphModule(recording.constants, recording.graph)
+
+
 FUNCTIONS = [in_place, copied, no_ops, shared, factorized, classified, looped, saved_results]
 
 
@@ -100,8 +106,8 @@ def _gradient(function, point):
 
 
 def test_a_recorded_graph_writes_into_nothing():
-    """``make_fx`` alone keeps ``add_`` and the like, on which folding and sharing would be wrong."""
-    assert any(target._schema.is_mutable for target in targets(make_fx(in_place)(X)))
+    """What was called has ``add_`` and the like, on which folding and sharing would be wrong."""
+    assert any(target._schema.is_mutable for target in targets(impure(in_place, X)))
     graph = record(in_place, X)
     assert not any(target._schema.is_mutable for target in targets(graph))
     assert aten.copy.default not in targets(simplify(record(copied, X)))  # it has no derivative
@@ -116,7 +122,7 @@ def test_folding_a_graph_that_writes_would_be_wrong():
         buffer += 3.0
         return x[0] * buffer[0] + before[0]
 
-    folded = simplify(make_fx(function)(X))
+    folded = simplify(impure(function, X))
     right = simplify(record(function, X))
     assert right(X).item() == pytest.approx(function(X).item()) == pytest.approx(0.9)
     assert folded(X).item() != pytest.approx(0.9)
@@ -196,7 +202,7 @@ def test_operations_that_only_look_neutral_stay(function):
 def test_constants_are_folded_and_learned_tensors_are_not():
     data, weight = torch.linspace(0.0, 1.0, 4), torch.ones(4, requires_grad=True)
     graph = record(lambda x: (x * (data.exp() + 1.0) * (weight * 2.0)).sum(), X)
-    assert {id(tensor) for tensor in constants(graph)} == {id(data), id(weight)}
+    assert {id(tensor) for tensor in closed_over(graph)} == {id(data), id(weight)}
     simplify(graph)
     assert aten.exp.default not in targets(graph)
     assert torch.autograd.grad(graph(X), weight)[0].tolist() == pytest.approx((2 * X * (data.exp() + 1)).tolist())
@@ -257,15 +263,56 @@ def test_a_detach_is_kept_on_request():
 @pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning")
 def test_values_that_would_be_frozen_are_an_error(read):
     """Of an input, and of what is computed from one."""
-    refusal = "takes the values out of|get value out of a tracing tensor"
+    refusal = "takes the values out of a tensor that depends on latents or arguments"
     with pytest.raises(RuntimeError, match=refusal):
         record(lambda x: read(x) * 1.0, X)
     with pytest.raises(RuntimeError, match=refusal):
         record(lambda x: read(x * 2.0), X)
 
 
-def test_values_of_closed_over_tensors_may_be_read_and_are_among_the_constants():
+def test_values_of_closed_over_tensors_may_be_read_and_are_known_to_be():
     data = torch.tensor([2, 0, 1])
     graph = record(lambda x: x[: len(set(data.tolist()))].sum(), X)
-    assert any(tensor is data for tensor in constants(graph))
+    assert any(tensor is data for tensor in closed_over(graph))
     assert graph(X).item() == pytest.approx(X[:3].sum().item())
+
+
+def test_values_of_what_the_program_alone_decides_may_be_asked_for_until_something_else_is_written_into_it():
+    def function(x, write):
+        table = torch.zeros(3)
+        row = table[1:]
+        assert table.sum() == 0
+        write(row, x)
+        return x * table.sum().item()
+
+    assert record(lambda x: function(x, lambda row, x: row.add_(1.0)), X)(X).tolist() == (2 * X).tolist()
+    for write in (
+        lambda row, x: row.add_(x[0]),
+        lambda row, x: row.copy_(x[:2]),
+        lambda row, x: row.normal_(),
+        lambda row, x: row.__setitem__(0, x[1]),
+        lambda row, x: torch.add(x[:2], 1.0, out=row),
+    ):
+        with pytest.raises(RuntimeError, match="takes the values out of a tensor that depends on"):
+            record(lambda x, write=write: function(x, write), X)
+
+
+def test_values_of_learned_tensors_are_not_asked_for():
+    weight = torch.ones(4, requires_grad=True)
+    with pytest.raises(RuntimeError, match="takes the values out"):
+        record(lambda x: x * weight.sum().item(), X)
+
+
+def test_data_behind_a_tensors_back_are_followed_and_carry_no_gradient():
+    graph = simplify(record(lambda x: (x * x.data).sum(), X), keep_detach=True)
+    assert graph(2 * X).item() == pytest.approx(4 * (X * X).sum().item())
+    assert has_detach(graph)
+    torch.testing.assert_close(grad(graph)(X), X)
+
+
+def test_is_recording_says_so_while_it_lasts():
+    seen = []
+    record(lambda x: (seen.append(is_recording()), x * 2)[1], X)
+    with pytest.raises(ZeroDivisionError):
+        record(lambda x: x / (1 // 0), X)
+    assert [*seen, is_recording()] == [True, False]
