@@ -33,7 +33,8 @@ from pyro_sivism.errors import ArgumentError, ModelError
 from pyro_sivism.inference_data import effective_sample_size
 from pyro_sivism.labels import as_numpy
 from pyro_sivism.nuts import require_fit
-from pyro_sivism.sites import LatentSite
+from pyro_sivism.own_sites import OwnSites
+from pyro_sivism.sites import Site
 from pyro_sivism.sivism import SIVISM
 
 __all__ = ["Comparison", "Cost", "ElementComparison", "compare_with_nuts"]
@@ -173,7 +174,8 @@ def compare_with_nuts(
     """Run NUTS on the fit's model, or take draws that are there, and put the fit beside it.
 
     NUTS starts where Pyro starts it and not from the fit, so that it can find what the fit has lost. The comparison is
-    on the sites' own supports. It is only as good as NUTS's draws: look at the ESS, and at R-hat of several chains.
+    on the sites' own supports, and of a reparametrized model at its own sites: a decentered model can be compared with
+    draws of the centered one. It is only as good as NUTS's draws: look at the ESS, and at R-hat of several chains.
 
     Args:
         sivism: a fit; as many draws are taken from it as there are of NUTS.
@@ -210,8 +212,9 @@ def compare_with_nuts(
         run = _run_nuts(sivism, args, kwargs, num_samples, warmup_steps, num_chains, kernel, progress_bar)
     else:
         run = _Reference(nuts, _stored_seconds(nuts), None, None)
-    chains, left_out = _chains_by_site(run.source, sivism.guide.layout.sites)
-    sites = [site for site in sivism.guide.layout.sites if site.name in chains]
+    own = OwnSites(sivism.model, sivism.guide.layout, sivism.guide.trace_model(*args, **kwargs), args, kwargs)
+    chains, left_out = _chains_by_site(run.source, own)
+    sites = [site for site in own.sites if site.name in chains]
     names = [name for site in sites for name in _element_names(site)]
     reference = np.concatenate([chains[site.name] for site in sites], -1)  # (C, R, K)
     if reference.shape[1] < _MIN_DRAWS or not np.isfinite(reference).all():
@@ -220,7 +223,7 @@ def compare_with_nuts(
             f"that are not finite; expected at least {_MIN_DRAWS}, all finite"
         )
     num_draws = reference.shape[0] * reference.shape[1]
-    sampled = sivism.sample(num_draws)
+    sampled = own.draws(sivism.sample(num_draws))
     draws = np.concatenate([as_numpy(sampled[site.name]).reshape(num_draws, -1) for site in sites], -1)
     seconds = sum(sivism._seconds.values())
     return _compare(
@@ -364,33 +367,44 @@ def _stored_seconds(source: Any) -> float | None:
         return None
 
 
-def _chains_by_site(source: Any, sites: Sequence[LatentSite]) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """Each site's draws as (C, R, site size), and the names of the sites that have none."""
-    found, left_out = {}, []
+def _chains_by_site(source: Any, own: OwnSites) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """Each of the model's own sites' draws as (C, R, site size), and the names of the sites that have none."""
     available = dict(_named_draws(source))
-    for site in sites:
-        if site.name not in available:
-            left_out.append(site.name)
-            continue
-        values = as_numpy(available[site.name]).astype(np.float64)
-        num_sample_dims = values.ndim - len(site.shape)
-        if num_sample_dims not in (1, 2) or values.shape[num_sample_dims:] != tuple(site.shape):
-            expected = "".join(f", {size}" for size in site.shape)
-            raise ArgumentError(
-                f"NUTS's draws of '{site.name}' have shape {values.shape}; expected (chains, draws{expected}) or "
-                f"(draws{expected})"
-            )
-        values = values[None] if num_sample_dims == 1 else values
-        found[site.name] = values.reshape(*values.shape[:2], -1)
-    if not found:
-        raise ArgumentError(
-            f"NUTS's draws have none of the model's latent sites {[site.name for site in sites]}; they have "
-            f"{sorted(available)}"
-        )
+    latents = own.layout.sites
+    found = {
+        site.name: _as_chains(available[site.name], site) for site in (*latents, *own.sites) if site.name in available
+    }
     lengths = {values.shape[:2] for values in found.values()}
     if len(lengths) > 1:
         raise ArgumentError(f"NUTS's draws are of unequal (chains, draws): {sorted(lengths)}")
-    return found, tuple(left_out)
+    missing = [site.name for site in own.sites if site.name not in found]
+    if missing and all(site.name in found for site in latents):  # NUTS draws latents, and nothing computed from them
+        dtype, device, (shape,) = own.layout.dtype, own.layout.device, lengths
+        flat = {site.name: torch.as_tensor(found[site.name], dtype=dtype, device=device) for site in latents}
+        computed = own.draws({site.name: flat[site.name].reshape(-1, *site.shape) for site in latents})
+        found |= {name: as_numpy(computed[name]).astype(np.float64).reshape(*shape, -1) for name in missing}
+        missing = []
+    found = {site.name: found[site.name] for site in own.sites if site.name in found}
+    if not found:
+        raise ArgumentError(
+            f"NUTS's draws have none of the model's latent sites {[site.name for site in own.sites]}; they have "
+            f"{sorted(available)}"
+        )
+    return found, tuple(missing)
+
+
+def _as_chains(draws: Any, site: Site) -> np.ndarray:
+    """A site's draws as (C, R, site size)."""
+    values = as_numpy(draws).astype(np.float64)
+    num_sample_dims = values.ndim - len(site.shape)
+    if num_sample_dims not in (1, 2) or values.shape[num_sample_dims:] != tuple(site.shape):
+        expected = "".join(f", {size}" for size in site.shape)
+        raise ArgumentError(
+            f"NUTS's draws of '{site.name}' have shape {values.shape}; expected (chains, draws{expected}) or "
+            f"(draws{expected})"
+        )
+    values = values[None] if num_sample_dims == 1 else values
+    return values.reshape(*values.shape[:2], -1)
 
 
 def _named_draws(source: Any) -> Iterator[tuple[str, Any]]:
@@ -409,7 +423,7 @@ def _named_draws(source: Any) -> Iterator[tuple[str, Any]]:
             ) from None
 
 
-def _element_names(site: LatentSite) -> list[str]:
+def _element_names(site: Site) -> list[str]:
     if not site.shape:
         return [site.name]
     return [f"{site.name}[{','.join(map(str, index))}]" for index in np.ndindex(*site.shape)]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from pyro_sivism.errors import ArgumentError, NotSetUpError, SivismWarning
 from pyro_sivism.labels import Labels, as_numpy
 from pyro_sivism.layout import LatentLayout
+from pyro_sivism.own_sites import own_sites_first
 from pyro_sivism.target import Target
 from pyro_sivism.target.paths import first_line
 from pyro_sivism.target.replay import Replay
@@ -51,7 +52,8 @@ def to_inference_data(
     """The fit as an ArviZ ``InferenceData`` (an ``xarray.DataTree`` on ArviZ 1.x).
 
     =========================  ================================================================================
-    ``posterior``              the latent sites and the deterministic ones, a reparametrized site among them
+    ``posterior``              the latent sites and the deterministic ones; of a reparametrized site, that site itself
+                               and last, as ``theta_decentered``, what is drawn in its place
     ``posterior_predictive``   new values of every observed site, given each draw
     ``log_likelihood``         ``log p(y_i | draw)`` of each observation, in the observed site's batch shape
     ``sample_stats``           ``lp``: the model's log density at each draw on the unconstrained space
@@ -148,7 +150,7 @@ def to_inference_data(
                 left_out.add(reason, "posterior", site)
             elif site in replay.sites and log_likelihood:
                 left_out.add(reason, "log_likelihood", site)
-    groups["posterior"] = labels.dataset(posterior)
+    groups["posterior"] = labels.dataset(own_sites_first(posterior, trace))
     if posterior_predictive and replay.of_kind("observed"):
         simulated = _simulate(replay, left_out, "posterior_predictive", num_samples, values, batch_size)
         groups["posterior_predictive"] = labels.dataset(_of_kind(simulated, replay, "observed"))
@@ -158,7 +160,7 @@ def to_inference_data(
     )
     if num_prior:
         drawn = _draw_prior(replay, left_out, num_prior, batch_size)
-        groups["prior"] = labels.dataset(_of_kind(drawn, replay, "latent", "deterministic"))
+        groups["prior"] = labels.dataset(own_sites_first(_of_kind(drawn, replay, "latent", "deterministic"), trace))
         groups["prior_predictive"] = labels.dataset(_of_kind(drawn, replay, "observed"))
     groups["observed_data"] = labels.dataset(replay.observed, sampled=False)
     groups["constant_data"] = labels.dataset(constants, sampled=False)

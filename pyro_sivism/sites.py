@@ -31,6 +31,7 @@ __all__ = [
     "is_enumerable",
     "is_factor",
     "is_masked_out",
+    "is_reparametrized",
     "log_abs_det_jacobian",
     "plates_around",
     "site_kind",
@@ -182,11 +183,17 @@ def _is_learned(support: Any) -> bool:
 
 def site_kind(msg: dict) -> str:
     """What a sample site is to a fit: "latent", "discrete", "observed" or "deterministic"."""
-    if msg["infer"].get("_deterministic") or (msg["is_observed"] and isinstance(innermost(msg["fn"]), Delta)):
-        return "deterministic"  # the second is what reparametrizing a site leaves of it
+    if msg["infer"].get("_deterministic") or is_reparametrized(msg):
+        return "deterministic"
     if msg["is_observed"]:
         return "observed"
     return "discrete" if is_enumerable(msg) else "latent"
+
+
+def is_reparametrized(msg: dict) -> bool:
+    """Whether ``poutine.reparam`` has made a latent a function of others that are drawn in its place."""
+    is_delta = msg["is_observed"] and isinstance(innermost(msg["fn"]), Delta)
+    return is_delta and not msg["infer"].get("_deterministic")
 
 
 def is_enumerable(msg: dict) -> bool:

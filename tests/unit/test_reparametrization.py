@@ -131,6 +131,18 @@ def transformed():
     pyro.sample("both", dist.TransformedDistribution(dist.Normal(mu, tau), [affine]))
 
 
+def normalized_scales():
+    """The product of the scales is 1 whatever the latents are."""
+    log_scale = pyro.sample("log_scale", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    pyro.sample("theta", dist.Normal(torch.zeros(3), (log_scale - log_scale.mean()).exp()).to_event(1))
+
+
+def flat_at_the_start():
+    """The latent starts at 0, where the scale does not move with it."""
+    slope = pyro.sample("slope", dist.ImproperUniform(constraints.real, (), ()))
+    pyro.sample("theta", dist.Normal(0.0, 1.0 + slope.square()))
+
+
 class Module(PyroModule):
     def __init__(self):
         super().__init__()
@@ -160,6 +172,8 @@ CENTERED = {
     "varying slopes": (varying_slopes, {"beta": ("sd", "root")}),
     "events": (events, {"theta": ("tau",)}),
     "transformed": (transformed, dict.fromkeys(("shifted", "positive", "both"), ("tau",))),
+    "normalized scales": (normalized_scales, {"theta": ("log_scale",)}),
+    "flat at the start": (flat_at_the_start, {"theta": ("slope",)}),
     "module": (Module(), {"theta": ("tau",)}),
     "minibatches": (minibatches, {"theta": ("tau",)}),
 }
