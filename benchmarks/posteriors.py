@@ -1,132 +1,300 @@
-"""Accuracy and wall-clock on posteriors with reference draws.
+"""Accuracy, verdict and wall-clock on posteriors with reference draws.
 
-    python benchmarks/posteriors.py --posteriors DIR [--names eight_schools_noncentered ...] [--seeds 5]
+    python benchmarks/posteriors.py --make-references            # once: long chains, kept in the user's cache folder
+    python benchmarks/posteriors.py [--names house_prices ...] [--methods default NUTS ...] [--seeds 5]
+    python benchmarks/posteriors.py --posteriors DIR             # and a collection of others
 
-``DIR`` holds a collection of posteriors as two modules: ``models.py`` with ``POSTERIORS`` and
-``load(name) -> (model, data, reference draws)``, and ``metrics.py`` with ``score(draws, reference, stats)`` and
-``load_stats(name)``. Every (posterior, method, seed) is one row, failures too; a table of medians is printed
-and all rows are written as JSON, with versions and the commit.
+The project's own posteriors are in ``posterior_zoo``; some have exact draws and need no reference made. ``DIR`` holds
+others as a module ``models.py`` with ``POSTERIORS`` and ``load(name) -> (model, data, reference draws by site)``, and
+perhaps ``metrics.py`` with ``load_stats(name)``, the sites' means and sds where they are known better.
 
-Errors are against the reference: ``sw1`` is the sliced Wasserstein-1 distance and ``floor`` what two halves of the
-reference score against each other; ``mean_max`` and ``sd_max`` are the worst error of a mean in reference sds and of
-a log2 sd ratio. Seconds count everything from the model to the fitted guide.
+Every (posterior, method, seed) is one row, failures too; rows are written as JSON, with versions and the commit, and
+printed as a table. Errors are those of ``accuracy.py``. Seconds are of wall-clock, from the model to the fit or the
+last draw, the verdict included; evaluations are of the log density with its gradient at one point.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.util
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pyro
 import torch
-from pyro.infer import SVI, Predictive, Trace_ELBO
-from pyro.infer.autoguide import AutoMultivariateNormal
+from accuracy import Reference, errors
+from posterior_zoo import POSTERIORS
+from pyro.infer import MCMC, SVI, Predictive, Trace_ELBO
+from pyro.infer.autoguide import AutoGuide, AutoIAFNormal, AutoMultivariateNormal, AutoNormal
 from record import versions
+from references import default_folder, load_reference, make_reference
 
 from pyro_sivism import SIVISM, FisherDivergence, PathGradientKL
+from pyro_sivism.compare import _CountingNUTS
 
-NUM_DRAWS = 4000
+NUM_DRAWS = 10_000
+NUM_SVI_STEPS = 3000
+NUM_NUTS, NUTS_SECONDS = 1000, 600.0
+LEVELS = ("good", "suspect", "bad")
 
 Draws = dict[str, torch.Tensor]
+Method = Callable[[Callable, tuple], "tuple[Callable[[], Draws], dict[str, Any]]"]
 
 
-def sivism(loss: Callable) -> Callable:
-    def fit(model: Callable, data: dict) -> Callable[[], Draws]:
+@dataclass(frozen=True)
+class Case:
+    """A posterior and how to get its reference, which may fail."""
+
+    name: str
+    model: Callable
+    args: tuple
+    reference: Callable[[], Reference]
+
+
+# --- methods: from a model and its arguments to a sampler and what it cost -----------------------------
+
+
+def sivism(loss: Callable) -> Method:
+    """The defaults, with this objective."""
+
+    def fit(model: Callable, args: tuple) -> tuple[Callable[[], Draws], dict[str, Any]]:
         inference = SIVISM(model, loss=loss())
-        inference.run(None, data, progress_bar=False)
-        return lambda: inference.sample(NUM_DRAWS)
+        result = inference.run(None, *args, progress_bar=False)
+        facts: dict[str, Any] = {"steps": result.num_steps, "evaluations": result.num_evaluations}
+        facts["seconds_of"] = result.seconds
+        if result.preconditioner is not None:
+            facts["gaussian_discrepancy"] = result.preconditioner.discrepancy
+        facts["verdict"] = "none" if result.verdict is None else result.verdict.level
+        facts["sentence"] = "" if result.verdict is None else result.verdict.sentence
+        return lambda: inference.sample(NUM_DRAWS), facts
 
     return fit
 
 
-def auto_multivariate_normal(model: Callable, data: dict) -> Callable[[], Draws]:
-    """``SVI`` with ``AutoMultivariateNormal``, 3,000 steps of Adam at 1e-2 decayed to 1e-3."""
-    guide = AutoMultivariateNormal(model)
-    optim = pyro.optim.ClippedAdam({"lr": 1e-2, "lrd": 0.1 ** (1 / 3000)})
-    svi = SVI(model, guide, optim, Trace_ELBO())
-    for _ in range(3000):
-        svi.step(data)
+def svi(make_guide: Callable[[Callable], AutoGuide]) -> Method:
+    """``SVI`` with an autoguide, 3,000 steps of Adam at 1e-2 decayed to 1e-3."""
 
-    def draw() -> Draws:
-        sites = guide.prototype_trace.stochastic_nodes
-        draws = Predictive(guide, num_samples=NUM_DRAWS, return_sites=sites)(data)
-        shapes = {name: guide.prototype_trace.nodes[name]["value"].shape for name in sites}
-        return {name: draws[name].reshape(NUM_DRAWS, *shape) for name, shape in shapes.items()}
+    def fit(model: Callable, args: tuple) -> tuple[Callable[[], Draws], dict[str, Any]]:
+        guide = make_guide(model)
+        optim = pyro.optim.ClippedAdam({"lr": 1e-2, "lrd": 0.1 ** (1 / NUM_SVI_STEPS)})
+        inference = SVI(model, guide, optim, Trace_ELBO())
+        for _ in range(NUM_SVI_STEPS):
+            inference.step(*args)
 
-    return draw
+        def draw() -> Draws:
+            sites = guide.prototype_trace.stochastic_nodes
+            draws = Predictive(guide, num_samples=NUM_DRAWS, return_sites=sites, parallel=True)(*args)
+            shapes = {name: guide.prototype_trace.nodes[name]["value"].shape for name in sites}
+            return {name: draws[name].reshape(NUM_DRAWS, *shape) for name, shape in shapes.items()}
+
+        return draw, {"steps": NUM_SVI_STEPS, "evaluations": NUM_SVI_STEPS}
+
+    return fit
 
 
-METHODS = {
+def nuts(model: Callable, args: tuple) -> tuple[Callable[[], Draws], dict[str, Any]]:
+    """Pyro's NUTS, compiled: 1,000 draws after a warm-up of as many, one chain.
+
+    Raises:
+        TimeoutError: it takes more than ten minutes.
+    """
+    started = time.perf_counter()
+
+    def check_time(*_: Any) -> None:
+        if time.perf_counter() - started > NUTS_SECONDS:
+            raise TimeoutError(f"stopped after {NUTS_SECONDS:.0f} s")
+
+    kernel = _CountingNUTS(model, jit_compile=True, ignore_jit_warnings=True)
+    mcmc = MCMC(kernel, num_samples=NUM_NUTS, warmup_steps=NUM_NUTS, disable_progbar=True, hook_fn=check_time)
+    mcmc.run(*args)
+    return mcmc.get_samples, {"steps": 2 * NUM_NUTS, "evaluations": mcmc._diagnostics[0]["evaluations"]}
+
+
+METHODS: dict[str, Method] = {
     "default": sivism(PathGradientKL),
     "FisherDivergence": sivism(FisherDivergence),
-    "AutoMultivariateNormal": auto_multivariate_normal,
+    "AutoNormal": svi(AutoNormal),
+    "AutoMultivariateNormal": svi(AutoMultivariateNormal),
+    "AutoIAFNormal": svi(AutoIAFNormal),
+    "NUTS": nuts,
 }
 
 
-def run_one(name: str, method: str, seed: int, models, metrics) -> dict:
-    """One row: the scores of one method's draws, or the error that it ended with."""
-    pyro.clear_param_store()
-    pyro.set_rng_seed(seed)
-    model, data, reference = models.load(name)
-    row: dict = {"posterior": name, "method": method, "seed": seed}
+# --- posteriors ----------------------------------------------------------------------------------------
+
+
+def own_cases(names: Iterable[str], references: Path) -> list[Case]:
+    made = [POSTERIORS[name]() for name in names]
+    return [Case(each.name, each.model, each.args, lambda each=each: load_reference(each, references)) for each in made]
+
+
+def other_cases(folder: Path, names: Iterable[str] | None) -> list[Case]:
+    """Those of a folder, all of them or some."""
+    models, metrics = _module(folder / "models.py"), None
+    if (folder / "metrics.py").exists():
+        metrics = _module(folder / "metrics.py")
+
+    def case(name: str) -> Case:
+        model, data, draws = models.load(name)
+        return Case(name, model, (data,), lambda: Reference.from_draws(draws, moments=_moments(name, draws, metrics)))
+
+    return [case(name) for name in models.POSTERIORS if names is None or name in names]
+
+
+def _moments(name: str, draws: Draws, metrics: ModuleType | None) -> tuple[torch.Tensor, torch.Tensor] | None:
+    stats = None if metrics is None else metrics.load_stats(name)
+    if stats is None:
+        return None
+    mean, sd = (
+        torch.cat([torch.as_tensor(stats[site][key], dtype=torch.double).reshape(-1) for site in draws])
+        for key in ("mean", "sd")
+    )
+    return mean, sd
+
+
+def _module(path: Path) -> ModuleType:
+    """A module by its file, whatever else is called like it."""
+    spec = importlib.util.spec_from_file_location(f"posteriors_given_{path.stem}", path)
+    if spec is None or spec.loader is None or not path.exists():
+        raise FileNotFoundError(f"no module {path}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# --- rows ----------------------------------------------------------------------------------------------
+
+
+def run_one(case: Case, method: str, seed: int) -> dict[str, Any]:
+    """One row: the errors of one method's draws, or the error that it ended with."""
+    row: dict[str, Any] = {"posterior": case.name, "method": method, "seed": seed}
     started = time.perf_counter()
     try:
-        draw = METHODS[method](model, data)
+        reference = case.reference()
+        pyro.clear_param_store()
+        pyro.set_rng_seed(seed)
+        started = time.perf_counter()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the verdict is in the row
+            draw, facts = METHODS[method](case.model, case.args)
         row["seconds"] = time.perf_counter() - started
-        draws = {site: value.detach() for site, value in draw().items()}
-        row |= metrics.score(draws, reference, metrics.load_stats(name))
+        row |= facts
+        row |= errors(draw(), reference)
     except Exception as error:  # a failure is a result: it stays in the table
-        row["seconds"] = time.perf_counter() - started
+        row.setdefault("seconds", time.perf_counter() - started)
         row["error"] = f"{type(error).__name__}: {error}"
     return row
 
 
-def print_table(rows: list[dict]) -> None:
-    print(f"\n{'posterior':28s} {'method':24s} seeds   sw1/floor (worst)   mean_max   sd_max   seconds")
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Medians over the seeds, the worst in brackets; the verdicts' levels, one letter a seed."""
+    print(
+        f"\n{'posterior':28s} {'method':22s} {'seeds':>5s} {'sw1/floor':>14s} {'mean_max':>14s} {'sd_max':>14s}"
+        f" {'worst sd':>20s} {'seconds':>8s} {'steps':>6s} {'scores':>9s}  verdict"
+    )
     for name, method in dict.fromkeys((row["posterior"], row["method"]) for row in rows):
         group = [row for row in rows if (row["posterior"], row["method"]) == (name, method)]
-        good = [row for row in group if "error" not in row]
-        if not good:
-            print(f"{name:28s} {method:24s} failed: {group[0]['error'][:80]}")
-            continue
-        ratios = [row["sw1"] / row["sw1_floor"] for row in good]
-        mean_max, sd_max, seconds = (
-            statistics.median(row[key] for row in good) for key in ("mean_max", "sd_max", "seconds")
-        )
-        print(
-            f"{name:28s} {method:24s} {len(good)}/{len(group)}   {statistics.median(ratios):6.2f} ({max(ratios):5.2f})"
-            f"      {mean_max:8.2f} {sd_max:8.2f} {seconds:9.1f}"
-        )
+        done = [row for row in group if "error" not in row]
+        label = f"{name[:28]:28s} {method[:22]:22s}"
+        if done:
+            ratio = _median_and_worst([row["sw1"] / row["sw1_floor"] for row in done])
+            mean_max, sd_max = (_median_and_worst([row[key] for row in done]) for key in ("mean_max", "sd_max"))
+            seconds, steps, scores = (
+                statistics.median(row[key] for row in done) for key in ("seconds", "steps", "evaluations")
+            )
+            worst = max(done, key=lambda row: row["sd_max"])["sd_worst"]
+            levels = "".join(row.get("verdict", " ")[0] for row in done)
+            print(
+                f"{label} {f'{len(done)}/{len(group)}':>5s} {ratio:>14s} {mean_max:>14s} {sd_max:>14s}"
+                f" {worst[:20]:>20s} {seconds:8.1f} {steps:6.0f} {scores:9.0f}  {levels}"
+            )
+        for row in group:
+            if "error" in row:
+                print(f"{label} seed {row['seed']} failed: {row['error'][:120]}")
 
 
-def main() -> None:
+def _median_and_worst(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.2f} ({max(values):.2f})"
+
+
+def print_verdicts(rows: list[dict[str, Any]]) -> None:
+    """The verdicts that say another thing than the true error, max(mean_max, sd_max), with their sentences."""
+    judged = [row | {"true": max(row["mean_max"], row["sd_max"])} for row in rows if "verdict" in row and "sw1" in row]
+    if not judged:
+        return
+    wrong = {
+        "good with an error over .3": [row for row in judged if row["verdict"] == "good" and row["true"] > 0.3],
+        "not good with an error under .1": [row for row in judged if row["verdict"] != "good" and row["true"] < 0.1],
+    }
+    for what, group in wrong.items():
+        print(f"\n{what}: {len(group)} of {len(judged)} verdicts")
+        for row in group:
+            where = f"{row['posterior']}, {row['method']}, seed {row['seed']}"
+            print(f"    {where}: {row['verdict']} with {row['true']:.2f}. {row['sentence']}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--posteriors", type=Path, required=True)
-    parser.add_argument("--names", nargs="*")
+    parser.add_argument("--posteriors", type=Path, help="a folder with others; see above")
+    parser.add_argument("--references", type=Path, default=default_folder(), help="where long chains are kept")
+    parser.add_argument("--make-references", action="store_true", help="run the long chains, and nothing else")
+    parser.add_argument("--names", nargs="*", help="of posteriors; all if not given")
     parser.add_argument("--methods", nargs="*", default=["default", "AutoMultivariateNormal"], choices=METHODS)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="one small posterior, two methods, one seed")
     parser.add_argument("--out", type=Path, default=Path("results/posteriors.json"))
-    arguments = parser.parse_args()
+    args = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    sys.path.insert(0, str(arguments.posteriors))
-    models, metrics = importlib.import_module("models"), importlib.import_module("metrics")
+    if args.quick:
+        args.names, args.methods, args.seeds = ["dirichlet_multinomial"], ["default", "AutoNormal"], 1
+    own = [name for name in POSTERIORS if args.names is None or name in args.names]
+    if args.make_references:
+        make_references(own, args.references)
+        return
+    cases = own_cases(own, args.references)
+    if args.posteriors is not None:
+        cases += other_cases(args.posteriors, args.names)
+    unknown = set(args.names or ()) - {case.name for case in cases}
+    if unknown:
+        parser.error(f"no posterior is called {', '.join(sorted(unknown))}")
 
-    rows = []
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    for name in arguments.names or models.POSTERIORS:
-        for method in arguments.methods:
-            for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
-                rows.append(run_one(name, method, seed, models, metrics))
-                arguments.out.write_text(json.dumps({"versions": versions(), "rows": rows}, indent=1))
-        print_table([row for row in rows if row["posterior"] == name])
+    rows: list[dict[str, Any]] = []
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    for case in cases:
+        for method in args.methods:
+            for seed in range(args.first_seed, args.first_seed + args.seeds):
+                rows.append(run_one(case, method, seed))
+                args.out.write_text(json.dumps({"versions": versions(), "rows": rows}, indent=1) + "\n")
+        print_table([row for row in rows if row["posterior"] == case.name])
+        sys.stdout.flush()
     print_table(rows)
+    print_verdicts(rows)
+
+
+def make_references(names: Iterable[str], folder: Path) -> None:
+    """Of those posteriors that have no exact draws; one line each."""
+    torch.set_default_dtype(torch.double)
+    for name in names:
+        posterior = POSTERIORS[name]()
+        if posterior.exact is not None:
+            print(f"{name:28s} has exact draws", flush=True)
+            continue
+        report = make_reference(posterior, folder)
+        print(
+            f"{name:28s} {report['num_draws']} draws, R-hat {report['r_hat']:.4f}, least ESS {report['min_ess']:.0f}, "
+            f"{report['num_divergences']} divergences, {report['seconds']:.0f} s"
+            + (f": REFUSED, {report['refused']}" if report["refused"] else ""),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
