@@ -207,6 +207,7 @@ def positive_sites():
     pyro.sample("gamma", dist.Gamma(2.0, tau))
     pyro.sample("weibull", dist.Weibull(tau, 2.0))
     pyro.sample("log_normal", dist.LogNormal(tau, 2.0))
+    pyro.sample("folded", dist.FoldedDistribution(dist.Normal(0.0, tau)))
 
 
 def observed_site():
