@@ -176,9 +176,8 @@ def split_keywords(model: Callable, kwargs: Mapping[str, Any]) -> tuple[dict[str
         ArgumentError: the model takes a keyword of the same name, so that whose it is cannot be told.
     """
     options = {name: value for name, value in kwargs.items() if name in _OPTIONS}
-    function = model.forward if isinstance(model, nn.Module) else model
     try:
-        clash = sorted(options.keys() & inspect.signature(function).parameters.keys())
+        clash = sorted(options.keys() & inspect.signature(_function(model)).parameters.keys())
     except (TypeError, ValueError):  # a callable without a signature
         clash = []
     if clash:
@@ -212,11 +211,16 @@ def _last_arguments(sivism: SIVISM) -> tuple[tuple, dict[str, Any]]:
         return (), {}
 
 
+def _function(model: Callable) -> Callable:
+    """What its author wrote, without ``poutine.condition``, ``poutine.reparam`` and their kin around it."""
+    while not isinstance(model, nn.Module) and hasattr(model, "fn"):
+        model = model.fn
+    return model.forward if isinstance(model, nn.Module) else model
+
+
 def _constant_data(model: Callable, args: Sequence, kwargs: Mapping[str, Any], observed: Any) -> dict[str, Any]:
     """The tensors and arrays among the model's arguments, by name, without those that are the observations."""
-    while not isinstance(model, nn.Module) and hasattr(model, "fn"):  # models wrapped by poutine.condition and its kin
-        model = model.fn
-    bound = inspect.signature(model.forward if isinstance(model, nn.Module) else model).bind(*args, **kwargs)
+    bound = inspect.signature(_function(model)).bind(*args, **kwargs)
     named: dict[str, Any] = {}
     for name, value in bound.arguments.items():
         kind = bound.signature.parameters[name].kind

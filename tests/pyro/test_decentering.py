@@ -13,6 +13,8 @@ from pyro.infer.reparam import LocScaleReparam
 from pyro.nn import PyroModule, PyroSample
 
 from pyro_sivism import SIVISM, FixedGaussian, compare_with_nuts, decenter, nuts_from
+from pyro_sivism.errors import ArgumentError
+from pyro_sivism.inference_data import split_keywords
 from pyro_sivism.layout import LatentLayout
 from pyro_sivism.own_sites import OwnSites, own_sites_first
 
@@ -91,6 +93,16 @@ def test_a_saved_fit_is_loaded_with_the_decentered_model(schools, tmp_path):
     loaded = SIVISM.load(tmp_path / "fit.pt", decenter(eight_schools, EFFECT, STANDARD_ERROR))
     idata = loaded.to_inference_data(EFFECT, STANDARD_ERROR, num_samples=5, prior=False)
     assert idata["posterior"]["theta"].shape == (1, 5, 8)
+
+
+def test_the_models_own_keywords_are_seen_through_the_handler():
+    def model(y, coords=None):
+        tau = pyro.sample("tau", dist.HalfNormal(1.0))
+        pyro.sample("theta", dist.Normal(0.0, tau))
+
+    decentered = decenter(model, EFFECT, coords=1)
+    with pytest.raises(ArgumentError, match="coords: the model and the conversion"):
+        split_keywords(decentered, {"coords": 1})
 
 
 class Module(PyroModule):
