@@ -1,9 +1,12 @@
 """The verdict on a fit: fresh draws of q, the model's scores there, and the instruments of ``diagnostics``.
 
-:func:`assess` is what ``run`` ends with. :func:`gaussian_divergence` is asked before it begins.
+:func:`assess` is what a run ends with. :func:`gather_evidence` is the part of it from which a run decides whether to
+go on.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +21,14 @@ from pyro_sivism.diagnostics import (
     stein_statistics,
     tail_indices,
 )
-from pyro_sivism.family import AffineMap, GaussianFit, SemiImplicit, TargetDensity
+from pyro_sivism.errors import ArgumentError, NonFiniteError
+from pyro_sivism.family import AffineMap, GaussianFit, SemiImplicit
 from pyro_sivism.objectives import Objective
+from pyro_sivism.stopping import Evidence
 from pyro_sivism.target import Target
 from pyro_sivism.target.anchored import AnchoredTarget
 
-__all__ = ["assess", "gaussian_divergence"]
+__all__ = ["assess", "gather_evidence"]
 
 _NUM_DRAWS = 2048
 _NUM_CHAINS = 1024
@@ -61,13 +66,12 @@ def assess(
     num_blocks = _NUM_MINIBATCHES if target.is_subsampled else 1
     score = _scores(target, x, num_blocks)
     exact = not target.is_subsampled
-    num_chains = _NUM_CHAINS if target.dim <= 256 else _NUM_LARGE_CHAINS
     seeks_modes = exact and target.dim <= _MAX_MODE_SEARCH_DIM
     ends = gaussian.path_ends if gaussian is not None and len(gaussian.path_ends) else None
     return judge(
         stein_statistics(x, score, num_blocks=num_blocks),
         fisher=_fisher(target, affine, objective.critic, objective, sample.x, x, score, sample.conditional_score),
-        drift=drift_statistics(target, x[:num_chains]) if exact else None,
+        drift=drift_statistics(target, x[: _num_chains(target.dim)]) if exact else None,
         modes=find_modes(target, x, extra_starts=ends) if seeks_modes else None,
         tails=tail_indices(target, x) if seeks_modes else None,
         labels=target.layout.coordinate_names,
@@ -92,6 +96,10 @@ def _fisher(
     return fisher_statistics(y, whitened, critic_score, conditional_score, second_score=second, num_blocks=num_blocks)
 
 
+def _num_chains(dim: int) -> int:
+    return _NUM_CHAINS if dim <= 256 else _NUM_LARGE_CHAINS
+
+
 def _scores(target: Target | AnchoredTarget, x: Tensor, num_blocks: int) -> Tensor:
     """The model's scores, of one minibatch for each of so many consecutive blocks of draws."""
     scores = []
@@ -102,13 +110,22 @@ def _scores(target: Target | AnchoredTarget, x: Tensor, num_blocks: int) -> Tens
 
 
 @torch.no_grad()
-def gaussian_divergence(target: TargetDensity, like: Tensor, num_draws: int = 1024) -> float:
-    """``E_q |grad log p(y) - grad log q(y)|^2`` of q = N(0, I), the Fisher divergence of the whitened target from the
-    Gaussian it was whitened by, from draws at which it is finite; ``like`` gives their dtype and device.
-
-    Where the target's log density is strongly concave or nearly so, q's Wasserstein distance from it is at most the
-    square root, in units of posterior sds.
+def gather_evidence(
+    target: Target | AnchoredTarget, affine: AffineMap, family: SemiImplicit, objective: Objective, num_steps: int
+) -> Evidence:
+    """How far q is from the posterior after ``num_steps`` steps; infinitely far where the target is not finite at most
+    draws. The arguments are those of :func:`assess`, of whose instruments it uses those that look at moments.
     """
-    y = torch.randn(num_draws, target.dim, dtype=like.dtype, device=like.device)
-    squares = (target.score(y) + y).square().sum(-1)
-    return squares[squares.isfinite()].mean().item()
+    sample = family.rsample(_NUM_DRAWS)
+    x = affine.forward(sample.x)
+    num_blocks = _NUM_MINIBATCHES if target.is_subsampled else 1
+    try:
+        score = _scores(target, x, num_blocks)
+        errors = [stein_statistics(x, score, num_blocks=num_blocks).coordinates]
+        fisher = _fisher(target, affine, objective.critic, objective, sample.x, x, score, sample.conditional_score)
+        if not target.is_subsampled:
+            errors.append(drift_statistics(target, x[: _num_chains(target.dim)]).coordinates)
+    except (ArgumentError, NonFiniteError):  # too few draws left, or no spread in them
+        return Evidence(num_steps, moment_error=math.inf, divergence=math.inf)
+    worst = max(float(torch.maximum(each.sure_mean.abs(), each.sure_log2_sd.abs()).max()) for each in errors)
+    return Evidence(num_steps, moment_error=worst, divergence=fisher.bulk)

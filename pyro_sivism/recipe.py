@@ -5,12 +5,10 @@ Measured on real posteriors. Every number is in the whitened space, where the fi
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 __all__ = ["Recipe"]
 
-_MIN_STEPS = 300
 _MAX_MIXING_DIM = 256
 
 
@@ -19,7 +17,7 @@ class Recipe:
     """Settings of one fit.
 
     Attributes:
-        max_steps, steps_per_distance: of ``run(None)``; see :meth:`steps_for`.
+        max_steps: of ``run(None)``, which ends before where it can; see :mod:`pyro_sivism.stopping`.
         num_particles: draws per batch, B.
         critic_steps: critic updates per guide update.
         critic_warmup_steps: critic updates before the first guide update.
@@ -36,7 +34,6 @@ class Recipe:
     """
 
     max_steps: int
-    steps_per_distance: float
     num_particles: int
     critic_steps: int
     critic_warmup_steps: int
@@ -69,16 +66,12 @@ class Recipe:
         coordinate, the guide moves more slowly, and the critic gets one more step.
 
         Beyond D = 256 z is shorter than x, so that the networks grow with D and not with D^2: coordinates without a
-        mixing variable of their own start with conditional sd 1. The steps there are counted by the distance of one
-        coordinate, ``sqrt(divergence / D)``, as all coordinates move at once. That suffices where the Gaussian is
-        nearly right: on multinomial regression with D = 650, 300 steps predicted held-out data as long Hamiltonian
-        chains do. The critic begins as the exact score of the first q, and needs less of a warm-up for each of its
-        costlier steps.
+        mixing variable of their own start with conditional sd 1. The critic begins as the exact score of the first q,
+        and needs less of a warm-up for each of its costlier steps.
         """
         small, large = dim <= 32, dim > 256
         return cls(
-            max_steps=3000 if small else 4000,
-            steps_per_distance=dim**-0.5 if large else 5.0,
+            max_steps=2400 if small else 4800,
             num_particles=128,
             critic_steps=2 if small or large else 3,
             critic_warmup_steps=50 if large else 200,
@@ -90,14 +83,6 @@ class Recipe:
             input_lr_factor=min(1.0, 16.0 / dim),
             scale_depends_on_z=small,
         )
-
-    def steps_for(self, divergence: float) -> int:
-        """Guide steps of ``run(None)`` where the first q, a Gaussian, is at this Fisher divergence from the target.
-
-        In whitened units q has about ``sqrt(divergence)`` to go, and a step takes it about ``guide_lr`` further.
-        """
-        steps = self.steps_per_distance * math.sqrt(max(divergence, 0.0)) / self.guide_lr
-        return _clip(round(steps), _MIN_STEPS, self.max_steps) if math.isfinite(steps) else self.max_steps
 
 
 def _clip(value: int, low: int, high: int) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyro_sivism.diagnostics import Verdict
 from pyro_sivism.family import GaussianFit
+from pyro_sivism.stopping import Evidence
 
 __all__ = ["FitResult", "StepInfo"]
 
@@ -44,7 +45,9 @@ class FitResult:
         interrupted: whether Ctrl-C or a callback ended the run early.
         preconditioner: the Gaussian the family started from; None where a trained guide or a saved fit went on.
         target_path: how scores are computed, and why.
-        verdict: whether q can be trusted; None after a run of under 100 steps, and on all ranks but the first.
+        evidence: how far q was from the posterior after each cycle of a run without a length, before the first to
+            begin with; empty after a run of a given length.
+        verdict: whether q can be trusted; None after a run of a given length under 100, and on all ranks but the first.
     """
 
     num_steps: int
@@ -56,4 +59,5 @@ class FitResult:
     interrupted: bool
     preconditioner: GaussianFit | None
     target_path: str
+    evidence: tuple[Evidence, ...]
     verdict: Verdict | None

@@ -6,7 +6,8 @@ import copy
 import numbers
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pyro_sivism.assessment import assess, gaussian_divergence
+from pyro_sivism.assessment import assess, gather_evidence
 from pyro_sivism.checkpoint import write_atomically
 from pyro_sivism.diagnostics import Verdict
 from pyro_sivism.distributed import Ranks
@@ -36,6 +37,7 @@ from pyro_sivism.objectives import Objective, PathGradientKL
 from pyro_sivism.optimizers import OptimizerLike, check_optimizer
 from pyro_sivism.recipe import Recipe
 from pyro_sivism.results import FitResult, StepInfo
+from pyro_sivism.stopping import Evidence, StoppingRule
 from pyro_sivism.target import Target
 from pyro_sivism.target.anchored import AnchoredTarget
 from pyro_sivism.target.density import PATHS
@@ -295,7 +297,7 @@ class SIVISM:
         )
 
     def _connect(self, training: Training) -> None:
-        """Point the training at the current target, restore a saved state, and warm the critic up once."""
+        """Point the training at the current target, and restore a saved state."""
         params, saved = self.target.params(), self._saved
         if saved is not None:
             for name, value in saved["model_params"].items():
@@ -306,9 +308,6 @@ class SIVISM:
         if saved is not None:
             training.load_state_dict(saved["training"])
             self._saved = None
-        started = time.perf_counter()
-        self._together(training.warm_up)
-        self._seconds.setdefault("critic_warmup", time.perf_counter() - started)
 
     def _require_training(self) -> Training:
         if self._training is None:
@@ -335,6 +334,9 @@ class SIVISM:
 
     def _step(self, training: Training) -> StepInfo:
         self._verdict = None  # it was on another q
+        if not training.is_warm:
+            with self._timed("critic_warmup"):
+                self._together(training.warm_up)
         self.target.resample_minibatch()  # one minibatch for the critic and the guide alike
         if self._compile and training.num_steps >= _STEPS_BEFORE_COMPILING:
             self._compile_steps(training)
@@ -378,8 +380,8 @@ class SIVISM:
         """Set up if need be, then take ``num_steps`` steps on the same arguments.
 
         Args:
-            num_steps: if None from 300 to 4,000, the more the further the Gaussian that q starts from is from the
-                posterior (:meth:`Recipe.steps_for`).
+            num_steps: if None as many as it takes until q has settled, at most 2,400 (4,800 beyond 32 dimensions);
+                none where the Gaussian that q starts from is the posterior; see :mod:`pyro_sivism.stopping`.
             progress_bar: show the loss and steps per second.
             callbacks: each called as ``callback(sivism, info)`` after each step; a true result ends the run.
                 :class:`Checkpoint` is one.
@@ -396,30 +398,26 @@ class SIVISM:
             )
         training = self._bind(args, kwargs)
         self.ranks.draw_apart()  # a script may have seeded all ranks alike since set-up
-        num_steps = self._default_steps(training) if num_steps is None else num_steps
-        training.plan(num_steps)
         history: list[StepInfo] = []
-        interrupted, started = False, time.perf_counter()
-        try:
-            with tqdm(total=num_steps, disable=not (progress_bar and self.ranks.is_first), desc="SIVISM") as bar:
-                while len(history) < num_steps and not interrupted:
-                    history.append(self._step(training))
-                    bar.update()
-                    if len(history) == _STEPS_BEFORE_COMPILING:
-                        per_step = (time.perf_counter() - started) / len(history)
-                        self._compile_if_repaid(training, num_steps - len(history), per_step)
-                    if len(history) % 20 == 0:
-                        bar.set_postfix_str(f"loss {history[-1].loss:.3g}", refresh=False)
-                    asked_to_stop = [callback(self, history[-1]) for callback in callbacks]
-                    interrupted = self._together(self.ranks.any, any(asked_to_stop))
-        except KeyboardInterrupt:
-            if self.ranks.size > 1:  # the others cannot know after which step
-                raise
-            interrupted = True
-        finally:
-            training.plan(None)
-        self._seconds["steps"] = self._seconds.get("steps", 0.0) + time.perf_counter() - started
-        if len(history) >= _MIN_STEPS_TO_JUDGE and self.ranks.is_first:
+        evidence: list[Evidence] = []
+        self._seconds.setdefault("steps", 0.0)
+        with tqdm(total=num_steps, disable=not (progress_bar and self.ranks.is_first), desc="SIVISM") as bar:
+
+            def take_steps(number: int) -> bool:
+                return self._take_steps(training, number, history, bar, callbacks)
+
+            try:
+                if num_steps is not None:
+                    interrupted = take_steps(num_steps)
+                else:
+                    interrupted = self._take_cycles(training, take_steps, evidence, bar)
+            except KeyboardInterrupt:
+                if self.ranks.size > 1:  # the others cannot know after which step
+                    raise
+                interrupted = True
+            finally:
+                training.plan(None)
+        if (num_steps is None or len(history) >= _MIN_STEPS_TO_JUDGE) and self.ranks.is_first:
             self._verdict = self._judge(training)
             if progress_bar and self._verdict is not None:
                 print(f"SIVISM: {self._verdict}")
@@ -434,29 +432,82 @@ class SIVISM:
             interrupted=interrupted,
             preconditioner=self._gaussian_fit,
             target_path=str(self.target.path),
+            evidence=tuple(evidence),
             verdict=self._verdict,
         )
 
-    def _default_steps(self, training: Training) -> int:
-        """By how far the Gaussian is from the posterior; the most where q has moved on from it or scores are noisy."""
-        is_noisy = self.target.is_subsampled and self._anchored is None
-        if training.num_steps or self._gaussian_fit is None or is_noisy:
-            return training.recipe.max_steps
-        like = next(training.family.parameters())
-        with self.ranks.same_random_numbers():
-            return training.recipe.steps_for(gaussian_divergence(training.target, like))
+    def _take_steps(
+        self, training: Training, number: int, history: list[StepInfo], bar: Any, callbacks: Sequence[Callback]
+    ) -> bool:
+        """One cycle of so many steps; whether it was cut short."""
+        training.plan(number)
+        with self._timed("steps"):
+            started = time.perf_counter()
+            for taken in range(1, number + 1):
+                history.append(self._step(training))
+                bar.update()
+                if taken == _STEPS_BEFORE_COMPILING:
+                    self._compile_if_repaid(training, number - taken, (time.perf_counter() - started) / taken)
+                if len(history) % 20 == 0:
+                    bar.set_postfix_str(f"loss {history[-1].loss:.3g}", refresh=False)
+                asked_to_stop = [callback(self, history[-1]) for callback in callbacks]
+                if self._together(self.ranks.any, any(asked_to_stop)):
+                    return True
+        return False
+
+    def _take_cycles(
+        self, training: Training, take_steps: Callable[[int], bool], evidence: list[Evidence], bar: Any
+    ) -> bool:
+        """Cycles until the evidence says that it is enough; the best q is kept. Whether they were cut short."""
+        # A q that is not the Gaussian's, or parameters of the model to be learned, want a cycle in any case.
+        goes_on = training.num_steps > 0 or self._gaussian_fit is None or bool(self.target.params())
+        rule = StoppingRule(self.target.dim, training.recipe.max_steps, goes_on=goes_on)
+        while True:
+            found = self._gather_evidence(training)
+            evidence.append(found)
+            length = rule.next_cycle(found, is_moving=bool(training.drifting_model_params()))
+            if rule.last_is_best:
+                best = training.snapshot()
+            if self._together(self.ranks.any, length == 0):
+                break
+            bar.total = bar.n + length
+            if take_steps(length):
+                return True
+        if not rule.last_is_best:
+            training.restore(best)
+        return False
+
+    def _gather_evidence(self, training: Training) -> Evidence:
+        """Where the fit stands; the same on all ranks."""
+        target = self.target if self._anchored is None else self._anchored
+        with self._timed("evidence"), self.ranks.same_random_numbers():
+            found = gather_evidence(
+                target, self.guide.affine, training.averaged, training.objective, training.num_steps
+            )
+        numbers = torch.tensor([found.moment_error, found.divergence], dtype=torch.double)
+        self._together(self.ranks.broadcast_, [numbers])
+        moment_error, divergence = numbers.tolist()
+        return replace(found, moment_error=moment_error, divergence=divergence)
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        """Add the seconds that pass within to those of a part of the fit, less those of parts within."""
+        started, others = time.perf_counter(), sum(self._seconds.values())
+        try:
+            yield
+        finally:
+            within = sum(self._seconds.values()) - others
+            self._seconds[part] = self._seconds.get(part, 0.0) + time.perf_counter() - started - within
 
     def _judge(self, training: Training) -> Verdict | None:
         """The verdict on the guide, with a warning unless it is good; None if there could be none."""
-        started = time.perf_counter()
+        target = self.target if self._anchored is None else self._anchored
         try:
-            target = self.target if self._anchored is None else self._anchored
-            verdict = assess(target, self.guide.affine, training.averaged, training.objective, self._gaussian_fit)
+            with self._timed("verdict"):
+                verdict = assess(target, self.guide.affine, training.averaged, training.objective, self._gaussian_fit)
         except SivismError as error:
             warn(f"the fit could not be judged: {error}", FitWarning)
             return None
-        finally:
-            self._seconds["verdict"] = self._seconds.get("verdict", 0.0) + time.perf_counter() - started
         if verdict.level != "good":
             warn(f"the fit is {verdict.level}: {verdict.sentence}. {_CURES}", FitWarning)
         return verdict

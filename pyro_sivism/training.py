@@ -12,6 +12,7 @@ Where several processes share the fit, each draws its share of the particles, an
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -284,6 +285,15 @@ class Training:
             )
 
     # --- saving -------------------------------------------------------------------------------------
+
+    def snapshot(self) -> list[dict[str, Tensor]]:
+        """Copies of what q and its critic are now, for :meth:`restore`."""
+        return [copy.deepcopy(module.state_dict()) for module in (self.family, self.averaged, self.critic)]
+
+    def restore(self, snapshot: Sequence[Mapping[str, Tensor]]) -> None:
+        """Put q and its critic back to where they were; the optimizers stay as they are."""
+        for module, state in zip((self.family, self.averaged, self.critic), snapshot):
+            module.load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed fit needs beside the modules."""

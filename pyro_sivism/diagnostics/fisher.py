@@ -24,6 +24,8 @@ from pyro_sivism.diagnostics.moments import Frame, finite_rows, standard_error
 
 __all__ = ["FisherStatistics", "fisher_statistics"]
 
+_BULK = 0.98
+
 
 @dataclass(frozen=True)
 class FisherStatistics:
@@ -32,12 +34,15 @@ class FisherStatistics:
     Attributes:
         total: of all directions together.
         total_se: its standard error.
+        bulk: the mean of ``|f|^2``, its largest 2% cut to where they begin. A few draws in a thin tail of p can make up
+            most of the total, which then says nothing of the others; and an untrained critic adds its own error.
         coordinates: along each coordinate of x, (D,); they sum to more or less than the total where x is correlated.
         coordinates_se: their standard errors.
     """
 
     total: float
     total_se: float
+    bulk: float
     coordinates: Tensor
     coordinates_se: Tensor
 
@@ -81,14 +86,16 @@ def fisher_statistics(
     # Each of the two scores is in f once while the other is in the difference it is held against.
     product = 0.5 * ((s - critic) * (second - conditional) + (second - critic) * (s - conditional))
     square = (s - critic) * (second - critic)
-    total, total_se = _bound(product.sum(-1), square.sum(-1), num_blocks)
+    squares = square.sum(-1)
+    total, total_se = _bound(product.sum(-1), squares, num_blocks)
+    bulk = squares.clamp(max=squares.quantile(_BULK)).mean()
     if frame.directions is not None:
         along = [frame.along_coordinates(value) for value in (s, critic, conditional, second)]
         s, critic, conditional, second = along
         product = 0.5 * ((s - critic) * (second - conditional) + (second - critic) * (s - conditional))
         square = (s - critic) * (second - critic)
     coordinates, coordinates_se = _bound(product, square, num_blocks)
-    return FisherStatistics(total.item(), total_se.item(), coordinates, coordinates_se)
+    return FisherStatistics(total.item(), total_se.item(), bulk.item(), coordinates, coordinates_se)
 
 
 def _bound(product: Tensor, square: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from torch import nn
 from pyro_sivism import SIVISM, FisherDivergence, FixedGaussian, PathGradientKL, SemiImplicitGuide
 from pyro_sivism.errors import ArgumentError, FitWarning, NonFiniteError, NonFiniteWarning
 from pyro_sivism.recipe import Recipe
+from pyro_sivism.stopping import Evidence
 
 Y = torch.linspace(0.0, 2.0, 20)
 
@@ -33,6 +34,7 @@ def small_recipe(monkeypatch):
     def small(cls, dim):
         return replace(
             for_dim(dim),
+            max_steps=400,
             num_particles=16,
             critic_steps=1,
             critic_warmup_steps=5,
@@ -654,7 +656,7 @@ def test_a_saved_fit_goes_on_by_its_own_objective(tmp_path):
 
 
 def test_a_right_fit_is_called_good(no_warnings, capsys):
-    """A posterior that the first Gaussian matches takes the fewest steps, says what it found, and warns of nothing."""
+    """A posterior that the first Gaussian matches takes no steps, says what it found, and warns of nothing."""
 
     def model(y):
         mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
@@ -665,7 +667,60 @@ def test_a_right_fit_is_called_good(no_warnings, capsys):
     assert fit.verdict.level == "good"
     assert fit.verdict.tails.index.item() > 100.0
     assert "good: means right to about" in capsys.readouterr().out
-    assert fit.num_steps == 300
+    assert fit.num_steps == len(fit.losses) == 0
+    assert len(fit.evidence) == 1
+
+
+def skewed():
+    pyro.sample("x", dist.Gamma(2.0, 1.0))  # log x has skewness -.78
+
+
+def test_a_run_without_a_length_ends_when_it_has_settled():
+    sivism = SIVISM(skewed)
+    fit = sivism.run(None, progress_bar=False)
+    first, *between, last = fit.evidence
+    assert first.num_steps == 0 and first.moment_error > 0.05
+    assert last.moment_error <= 0.05 and last.divergence <= 0.2
+    assert fit.num_steps == last.num_steps == 300 * 2 ** len(between)
+    assert fit.verdict.level == "good"
+    again = sivism.run(None, progress_bar=False)
+    assert again.num_steps >= 300, "who asks for more gets more"
+
+
+@pytest.mark.usefixtures("small_recipe")
+def test_the_best_q_of_a_run_is_the_one_that_is_kept(monkeypatch):
+    seen = []
+
+    def ever_worse(target, affine, family, objective, num_steps):
+        seen.append(copy.deepcopy(family.state_dict()))
+        found = {1: (0.4, 4.0), 2: (0.1, 1.0), 3: (0.3, 0.5)}[len(seen)]
+        return Evidence(num_steps, *found)
+
+    monkeypatch.setattr("pyro_sivism.sivism.gather_evidence", ever_worse)
+    sivism = quick(skewed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FitWarning)  # tiny networks
+        fit = sivism.run(None, progress_bar=False)
+    assert [found.num_steps for found in fit.evidence] == [0, 300, 400]
+    kept = sivism.guide.family.state_dict()
+    assert all(torch.equal(kept[name], value) for name, value in seen[1].items())
+    assert not all(torch.equal(kept[name], value) for name, value in seen[2].items())
+
+
+@pytest.mark.usefixtures("small_recipe")
+def test_a_run_without_a_length_goes_on_while_the_model_is_learned(monkeypatch):
+    def model(y):
+        center = pyro.param("center", torch.tensor(0.0))
+        with pyro.plate("n", len(y)):
+            t = pyro.sample("t", dist.Normal(center, 1.0))
+            pyro.sample("y", dist.Normal(t, 0.5), obs=y)
+
+    monkeypatch.setattr("pyro_sivism.sivism.gather_evidence", lambda *args: Evidence(args[-1], 0.0, 0.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FitWarning)
+        fit = quick(model, 5).run(None, 30.0 + torch.randn(5), progress_bar=False)
+    assert fit.num_steps == 400
+    assert fit.evidence[-1].num_steps == 400
 
 
 def test_model_parameters_on_their_way_are_reported():

@@ -433,7 +433,7 @@ def test_verdict_names_a_direction_where_no_coordinate_says_as_much():
 def test_verdict_takes_the_worst_of_all_instruments():
     small = torch.zeros(3)
     coordinates = torch.tensor([0.0, 20.0, 0.0])
-    fisher = FisherStatistics(20.0, 1.0, coordinates, small)
+    fisher = FisherStatistics(20.0, 1.0, 20.0, coordinates, small)
     modes = ModeSearch((Mode(small, torch.tensor([0.0, 0.0, -5.0]), 0.05, 0.0, True),), 0.05, 48, 1000)
     stein = statistics_of(mean=0.2)
     assert judge(stein).worst.instrument == "stein"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 from torch import nn
 
@@ -28,13 +26,3 @@ def test_networks_grow_with_d_and_not_with_its_square():
 @pytest.mark.parametrize("dim", [1, 22, 144, 256])
 def test_every_coordinate_has_a_mixing_variable_up_to_256(dim):
     assert Recipe.for_dim(dim).mixing_dim == dim
-
-
-def test_steps_follow_the_distance_between_their_bounds():
-    for dim in (10, 1000):
-        recipe = Recipe.for_dim(dim)
-        near, far = (recipe.steps_for(divergence) for divergence in (0.5 * dim, 2.0 * dim))
-        assert recipe.steps_for(0.0) <= near <= far <= recipe.max_steps
-        assert recipe.steps_for(math.inf) == recipe.steps_for(math.nan) == recipe.max_steps
-    # Past 256 dimensions it is the distance of a coordinate: .5 of its sd at a move of guide_lr a step.
-    assert near == round(0.5**0.5 / recipe.guide_lr)

@@ -1,0 +1,108 @@
+"""When a run without a length has gone on long enough.
+
+Such a run is a sequence of *cycles*, each as long as all before it: 300 steps, 300, 600, 1,200, ... In each the
+learning rate falls to nearly zero (Loshchilov and Hutter, "SGDR: stochastic gradient descent with warm restarts", ICLR
+2017), so that q is at its best at the end, and no schedule needs to know the length of the run. There q is judged on
+fresh draws and the scores there, never by the losses of the steps, and the run ends when q
+
+- has *settled*: no moment is off and the Fisher divergence is small; or
+- has *stalled*: the last cycle, half of all steps, made neither smaller by a tenth; or
+- has had as many steps as the recipe allows.
+
+The best q is the one that is kept. Where the Gaussian that q starts from is the posterior already, no step is taken.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Evidence", "StoppingRule"]
+
+_FIRST_CYCLE = 300
+_SMALL_DIVERGENCE = 0.2  # times D / 32 beyond 32 dimensions, as in the verdict
+_SMALL_MOMENT_ERROR = 0.05  # sds, or log2 of an sd
+_MATCHED_DIVERGENCE = _SMALL_MOMENT_ERROR**2  # of a Gaussian whose mean is off by as much
+_GAIN = 0.1
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """How far q is from the posterior, as far as its draws and the model's scores tell.
+
+    Attributes:
+        num_steps: steps taken when it was gathered, in all runs.
+        moment_error: the largest error of a mean in posterior sds, or of an sd in log2, beyond two standard errors.
+        divergence: the Fisher divergence in the whitened space, by the trained critic, but for the draws furthest off
+            (:attr:`~pyro_sivism.diagnostics.FisherStatistics.bulk`).
+    """
+
+    num_steps: int
+    moment_error: float
+    divergence: float
+
+    def is_better_than(self, other: Evidence) -> bool:
+        """By the moments, as far as their errors matter; by the divergence where they are alike."""
+        own, others = max(self.moment_error, _SMALL_MOMENT_ERROR), max(other.moment_error, _SMALL_MOMENT_ERROR)
+        return own < others if own != others else self.divergence < other.divergence
+
+
+class StoppingRule:
+    """The lengths of a run's cycles, from the evidence after each.
+
+    Args:
+        dim: D.
+        max_steps: of the run.
+        goes_on: whether q has been trained before, so that at least one cycle is wanted.
+
+    Example:
+
+        >>> rule = StoppingRule(dim=10, max_steps=2400)
+        >>> rule.next_cycle(Evidence(0, moment_error=0.3, divergence=2.0))
+        300
+        >>> rule.next_cycle(Evidence(300, moment_error=0.1, divergence=0.5))
+        300
+        >>> rule.next_cycle(Evidence(600, moment_error=0.0, divergence=0.1))
+        0
+    """
+
+    def __init__(self, dim: int, max_steps: int, *, goes_on: bool = False) -> None:
+        self.max_steps, self._goes_on = max_steps, goes_on
+        self._small_divergence = _SMALL_DIVERGENCE * max(1.0, dim / 32.0)
+        self._num_steps = 0
+        self._best: Evidence | None = None
+        self._last: Evidence | None = None
+
+    @property
+    def last_is_best(self) -> bool:
+        """Whether the q of the last evidence is the best so far."""
+        return self._best is self._last
+
+    def next_cycle(self, evidence: Evidence, *, is_moving: bool = False) -> int:
+        """How many steps to go on for after this evidence; 0 to end.
+
+        Args:
+            evidence: before the first cycle, then after each.
+            is_moving: whether the posterior itself is still changing, as the model's own parameters are learned.
+        """
+        if self._best is None:
+            is_enough = not self._goes_on and _is_within(evidence, _MATCHED_DIVERGENCE)
+            length = 0 if is_enough else _FIRST_CYCLE
+        else:
+            is_enough = _is_within(evidence, self._small_divergence) or not _gains(evidence, self._best)
+            length = 0 if is_enough and not is_moving else self._num_steps
+        if is_moving or self._best is None or evidence.is_better_than(self._best):
+            self._best = evidence
+        self._last = evidence
+        length = min(length, self.max_steps - self._num_steps)
+        self._num_steps += length
+        return length
+
+
+def _is_within(evidence: Evidence, divergence: float) -> bool:
+    return evidence.moment_error <= _SMALL_MOMENT_ERROR and evidence.divergence <= divergence
+
+
+def _gains(evidence: Evidence, best: Evidence) -> bool:
+    """Whether a cycle has brought something: smaller errors of moments that matter, or a smaller divergence."""
+    error, best_error = (max(each.moment_error, _SMALL_MOMENT_ERROR) for each in (evidence, best))
+    return error <= (1.0 - _GAIN) * best_error or evidence.divergence <= (1.0 - _GAIN) * best.divergence

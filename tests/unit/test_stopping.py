@@ -1,0 +1,84 @@
+"""When a run without a length ends, and which q it keeps."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from pyro_sivism.stopping import Evidence, StoppingRule
+
+FAR, NEAR, RIGHT = (0.4, 3.0), (0.1, 1.0), (0.02, 0.05)
+
+
+def cycles(*found: tuple[float, float], dim: int = 10, max_steps: int = 2400, **options: bool) -> list[int]:
+    """The lengths of the cycles after each (moment error, divergence)."""
+    rule = StoppingRule(dim, max_steps, **options)
+    return [rule.next_cycle(Evidence(0, moment_error, divergence)) for moment_error, divergence in found]
+
+
+def test_cycles_double_until_the_most_steps():
+    improving = [(0.4 / 2**k, 3.0 / 2**k) for k in range(5)]
+    assert cycles(*improving[:5]) == [300, 300, 600, 1200, 0]
+    assert cycles(*improving[:4], max_steps=1000) == [300, 300, 400, 0]
+
+
+def test_a_run_ends_when_it_has_settled():
+    assert cycles(FAR, RIGHT) == [300, 0]
+    assert cycles(FAR, (0.02, 1.0)) == [300, 300]  # shapes may be wrong where moments are right
+    assert cycles(FAR, (0.3, 0.05)) == [300, 300]
+
+
+def test_a_run_ends_when_it_has_stalled():
+    assert cycles(FAR, NEAR, NEAR) == [300, 300, 0]
+    assert cycles(FAR, NEAR, (0.05, 1.0)) == [300, 300, 600]
+    assert cycles(FAR, NEAR, (0.1, 0.8)) == [300, 300, 600]
+    assert cycles(FAR, (0.1, 6.0)) == [300, 300]  # heavy tails come first, and go again
+
+
+def test_noise_of_errors_too_small_to_matter_is_no_gain():
+    assert cycles(FAR, (0.04, 1.0), (0.0, 1.0)) == [300, 300, 0]
+
+
+def test_a_gaussian_that_is_the_posterior_takes_no_step_unless_it_is_to_go_on():
+    assert cycles((0.01, 1e-4)) == [0]
+    assert cycles((0.01, 1e-4), goes_on=True) == [300]
+    assert cycles((0.01, 0.1)) == [300]  # near it, but not right
+    assert cycles((0.2, 1e-4)) == [300]
+
+
+def test_divergences_are_small_in_proportion_to_the_dimension():
+    assert cycles(FAR, (0.02, 0.5), dim=10) == [300, 300]
+    assert cycles(FAR, (0.02, 0.5), dim=96) == [300, 0]
+
+
+def test_a_posterior_that_moves_is_followed():
+    rule = StoppingRule(10, 2400)
+    assert rule.next_cycle(Evidence(0, *RIGHT)) == 300
+    assert rule.next_cycle(Evidence(300, *RIGHT), is_moving=True) == 300
+    assert rule.next_cycle(Evidence(600, *NEAR), is_moving=True) == 600
+    assert rule.last_is_best, "what was best was best for another posterior"
+
+
+@pytest.mark.parametrize(
+    ("found", "is_best"),
+    [
+        ((0.04, 0.5), True),  # moments first
+        ((0.1, 0.5), True),  # then the divergence
+        ((0.1, 2.0), False),
+        ((0.2, 0.5), False),
+        ((math.inf, math.inf), False),
+    ],
+)
+def test_the_best_q_is_kept(found, is_best):
+    rule = StoppingRule(10, 2400)
+    rule.next_cycle(Evidence(0, *FAR))
+    rule.next_cycle(Evidence(300, *NEAR))
+    assert rule.last_is_best
+    rule.next_cycle(Evidence(600, *found))
+    assert rule.last_is_best == is_best
+
+
+def test_a_q_that_could_not_be_judged_is_gone_on_with():
+    lost = (math.inf, math.inf)
+    assert cycles(lost, lost, NEAR, RIGHT) == [300, 300, 600, 0]
