@@ -154,6 +154,7 @@ def test_own_sites_are_compared_with_draws_of_the_centered_model(schools):
     assert not of_centered.left_out
     # Latents alone are what NUTS draws of the decentered model; theta is computed from them, in chains too.
     of_latents = compare_with_nuts(schools, nuts={name: v.reshape(2, 200, *v.shape[1:]) for name, v in latents.items()})
+    assert not of_latents.left_out
     np.testing.assert_allclose(of_latents.reference["theta[3]"], centered["theta"][:, 3], rtol=1e-5)
     # Both are draws of what the fit has started from, N(0, I) in decentered coordinates. KS exceeds 2.5 / 1.358 times
     # its 5% quantile with probability 2 exp(-2 x 2.5^2) = 7e-6.
@@ -199,8 +200,10 @@ def test_own_sites_keep_the_models_order_and_constrained_values():
         rate = pyro.sample("rate", dist.LogNormal(1.0, omega))
         pyro.sample("last", dist.Normal(rate, 1.0))
 
-    own, _ = own_sites(decenter(model))
+    own, trace = own_sites(decenter(model))
     assert [site.name for site in own.sites] == ["omega", "rate", "last"]
+    values = dict.fromkeys(("last", "rate", "rate_base_decentered", "omega"), torch.zeros(1))
+    assert list(own_sites_first(values, trace)) == ["omega", "rate", "last", "rate_base_decentered"]
     omega, white, last = torch.tensor([0.5]), torch.tensor([2.0]), torch.tensor([0.1])
     draws = own.draws({"omega": omega, "rate_base_decentered": white, "last": last})
     torch.testing.assert_close(draws["rate"], (1.0 + omega * white).exp())

@@ -200,13 +200,15 @@ def learned_scale():
 
 
 def positive_sites():
-    """tau moves the logarithms of these, by which they are fitted."""
+    """tau moves the logarithms of these, by which they are fitted, or moves what is the logarithm of another."""
     tau = half_normal("tau")
     pyro.sample("half_normal", dist.HalfNormal(tau))
     pyro.sample("half_cauchy", dist.HalfCauchy(tau))
     pyro.sample("gamma", dist.Gamma(2.0, tau))
     pyro.sample("weibull", dist.Weibull(tau, 2.0))
     pyro.sample("log_normal", dist.LogNormal(tau, 2.0))
+    log_of_scaled = [AffineTransform(0.0, tau), ExpTransform().inv]
+    pyro.sample("log_exponential", dist.TransformedDistribution(dist.Exponential(1.0), log_of_scaled))
     pyro.sample("folded", dist.FoldedDistribution(dist.Normal(0.0, tau)))
 
 
