@@ -66,15 +66,17 @@ class Recipe:
         coordinate, the guide moves more slowly, and the critic gets one more step.
 
         Beyond D = 256 z is shorter than x, so that the networks grow with D and not with D^2: coordinates without a
-        mixing variable of their own start with conditional sd 1. The critic begins as the exact score of the first q,
-        and needs less of a warm-up for each of its costlier steps.
+        mixing variable of their own start with conditional sd 1.
+
+        The default critic begins as the exact score of the first q and needs little of a warm-up; a critic of the
+        user's, or a guide that was trained before, is what it is there for.
         """
         small, large = dim <= 32, dim > 256
         return cls(
             max_steps=2400 if small else 4800,
             num_particles=128,
             critic_steps=2 if small or large else 3,
-            critic_warmup_steps=50 if large else 200,
+            critic_warmup_steps=50,
             mixing_dim=min(dim, _MAX_MIXING_DIM),
             guide_hidden_dims=(_clip(2 * dim, 64, 256),) * 2,
             critic_hidden_dims=(_clip(3 * dim, 128, 512),) * 2,

@@ -34,8 +34,8 @@ class FisherStatistics:
     Attributes:
         total: of all directions together.
         total_se: its standard error.
-        bulk: the mean of ``|f|^2``, its largest 2% cut to where they begin. A few draws in a thin tail of p can make up
-            most of the total, which then says nothing of the others; and an untrained critic adds its own error.
+        bulk: of all directions, from the draws but for the 2% with the largest ``|f|``: a few draws in a thin tail of p
+            can make up most of the total, which then says nothing of the others.
         coordinates: along each coordinate of x, (D,); they sum to more or less than the total where x is correlated.
         coordinates_se: their standard errors.
     """
@@ -88,7 +88,8 @@ def fisher_statistics(
     square = (s - critic) * (second - critic)
     squares = square.sum(-1)
     total, total_se = _bound(product.sum(-1), squares, num_blocks)
-    bulk = squares.clamp(max=squares.quantile(_BULK)).mean()
+    in_bulk = squares <= squares.quantile(_BULK)  # f is a function of x, so that the bound holds for any set of x
+    bulk, _ = _bound(product.sum(-1)[in_bulk], squares[in_bulk])
     if frame.directions is not None:
         along = [frame.along_coordinates(value) for value in (s, critic, conditional, second)]
         s, critic, conditional, second = along
@@ -98,7 +99,7 @@ def fisher_statistics(
     return FisherStatistics(total.item(), total_se.item(), bulk.item(), coordinates, coordinates_se)
 
 
-def _bound(product: Tensor, square: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
+def _bound(product: Tensor, square: Tensor, num_blocks: int = 1) -> tuple[Tensor, Tensor]:
     """``a^2 E|f|^2`` with ``a = E[f . (s_p - c)] / E|f|^2``, and its standard error to first order in both means."""
     size = square.mean(0)
     scale = torch.where(size > 0, product.mean(0) / size, 0.0).clamp(min=0.0)

@@ -1,8 +1,10 @@
 """A Gaussian fitted to the target from its scores, in three stages:
 
-1. **Quasi-Newton paths** climb log p from several starts. Where a path ends, the curvature is measured, and the
-   climb goes on from there as long as that helps: so that optima many sds away are found, whatever the units. Every
-   point of a path comes with an estimate H of the inverse Hessian, hence with a Gaussian ``N(x + H score(x), H)``.
+1. **Quasi-Newton paths** climb log p from several starts. Where a path starts the curvature is measured, up to
+   D = 256, so that coordinates move in their own units from the first step on: with one step size for all, the scale of
+   a hierarchy on raw units collapses before its groups have come near their data. Where a path ends it is measured
+   anew, and the climb goes on from there as long as that helps: optima many sds away are found. Every point of a
+   path comes with an estimate H of the inverse Hessian, hence with a Gaussian ``N(x + H score(x), H)``.
 2. **The best of them by ELBO**, as Pathfinder does (Zhang, Carpenter, Gelman, Vehtari, JMLR 2022): the mode
    of a funnel makes a poor Gaussian, points on the way to it make better ones.
 3. **Batch and match** (Cai, Modi, Pillaud-Vivien, Margossian, Gower, Blei, Saul, ICML 2024): draws of the
@@ -222,7 +224,13 @@ class BatchAndMatch:
         """
         is_large = target.dim > _MAX_BFGS_DIM
         memory = _MEMORY if is_large or not dense else None
-        climbs = [quasi_newton_paths(target, starts, self.max_path_steps, memory=memory, noise=target.noise)]
+        measures = dense and not is_large
+        inverse = _measured_inverse(target, starts, target(starts)[1]) if measures else None
+        climbs = [
+            quasi_newton_paths(
+                target, starts, self.max_path_steps, start_inverse=inverse, memory=memory, noise=target.noise
+            )
+        ]
         ends = _Ends(climbs[0].ends, climbs[0].end_log_densities, climbs[0].end_scores)
         going = torch.arange(len(starts), device=starts.device)
         if is_large:
@@ -231,14 +239,8 @@ class BatchAndMatch:
         max_steps = max(1, self.max_path_steps // 2)  # Newton steps, at first: fewer do
         while dense and len(climbs) < self.max_climbs and len(going) > 0:
             x, log_density, score = (values[going] for values in ends)
-            inverse = measured_inverse_hessians(target, x, score, torch.ones_like(x), target.noise)
-            climb = quasi_newton_paths(
-                target,
-                x,
-                max_steps,
-                start_inverse=DenseInverse.measured(inverse),
-                noise=target.noise,
-            )
+            inverse = _measured_inverse(target, x, score)
+            climb = quasi_newton_paths(target, x, max_steps, start_inverse=inverse, noise=target.noise)
             climbs.append(climb)
             ends.points[going], ends.log_densities[going], ends.scores[going] = (
                 climb.ends,
@@ -295,6 +297,11 @@ def _dense(gaussian: AffineMap) -> AffineMap:
     covariance = gaussian.covariance
     covariance = covariance.diag() if covariance.dim() == 1 else covariance
     return AffineMap(gaussian.loc, torch.linalg.cholesky(covariance))
+
+
+def _measured_inverse(target: ScoredTarget, x: Tensor, score: Tensor) -> DenseInverse:
+    """H at points, from differences of scores."""
+    return DenseInverse.measured(measured_inverse_hessians(target, x, score, torch.ones_like(x), target.noise))
 
 
 def _elbo(log_density: Tensor, y: Tensor, affine: AffineMap) -> tuple[float, float]:

@@ -220,6 +220,16 @@ def test_fisher_divergence_of_a_wrong_scale(with_second):
     assert found.total_se < 0.15
 
 
+def test_the_bulk_of_a_fisher_divergence_leaves_a_thin_tail_out(float64):
+    """p has a wall at x = 2.5, in which .6% of q's draws meet scores of -1000; elsewhere p = N(.3, 1)."""
+    torch.manual_seed(0)
+    x = torch.randn(20_000, 1)
+    score = 0.3 - x - 1000.0 * (x > 2.5)
+    found = fisher_statistics(x, score, -x, -x)
+    assert found.total > 1000.0
+    assert found.bulk == pytest.approx(0.3**2, rel=0.02)
+
+
 def test_fisher_divergence_is_none_where_the_critic_is_q_score_and_q_is_p():
     x, conditional = gaussian_mixture_of_normals(1000)
     found = fisher_statistics(x, -x, -x, conditional)
