@@ -20,6 +20,7 @@ Statistical Science 22 (2007); Gorinova, Moore and Hoffman, Automatic reparamete
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -131,8 +132,9 @@ def centered_sites(model: Callable, *args: Any, **kwargs: Any) -> tuple[Centered
         x = (init + 0.1 * direction(init)).requires_grad_()
         with torch.enable_grad(), pyro.validation_enabled(False), poutine.block():
             nodes = runs.trace(x).nodes
+            owners = [site.name for site in layout.sites for _ in range(site.size)]
             found = [
-                _as_centered(site.name, nodes[site.name]["fn"], layout, x)
+                _as_centered(site.name, nodes[site.name]["fn"], x, owners)
                 for site in layout.sites
                 if _can_be_redrawn(prototype.nodes[site.name], nodes[site.name])
             ]
@@ -208,8 +210,11 @@ def _can_be_redrawn(prototype: dict, msg: dict) -> bool:
     )
 
 
-def _as_centered(name: str, fn: Any, layout: LatentLayout, x: Tensor) -> CenteredSite | None:
-    """The site with what its scales depend on, or None if on nothing; ``fn`` is a function of ``x (D,)``."""
+def _as_centered(name: str, fn: Any, x: Tensor, owners: Sequence[str]) -> CenteredSite | None:
+    """The site with what its scales depend on, or None if on nothing.
+
+    ``fn`` is a function of ``x (D,)``, whose coordinates belong to the sites ``owners``.
+    """
     depends = torch.zeros_like(x, dtype=torch.bool)
     config: dict[str, Reparam] = {}
     for scale, reparams in _scales(name, fn):
@@ -219,8 +224,7 @@ def _as_centered(name: str, fn: Any, layout: LatentLayout, x: Tensor) -> Centere
             config |= reparams
     if not config:
         return None
-    parents = tuple(site.name for site in layout.sites if depends[site.offset : site.offset + site.size].any())
-    return CenteredSite(name, parents, config)
+    return CenteredSite(name, tuple(dict.fromkeys(itertools.compress(owners, depends.tolist()))), config)
 
 
 def _scales(name: str, fn: Any) -> Iterator[tuple[Tensor, dict[str, Reparam]]]:
