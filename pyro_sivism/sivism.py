@@ -36,6 +36,7 @@ from pyro_sivism.layout import LatentLayout
 from pyro_sivism.objectives import Objective, PathGradientKL
 from pyro_sivism.optimizers import OptimizerLike, check_optimizer
 from pyro_sivism.recipe import Recipe
+from pyro_sivism.reparametrization import suggestion
 from pyro_sivism.results import FitResult, StepInfo
 from pyro_sivism.stopping import Evidence, StoppingRule
 from pyro_sivism.target import Target
@@ -509,7 +510,8 @@ class SIVISM:
             warn(f"the fit could not be judged: {error}", FitWarning)
             return None
         if verdict.level != "good":
-            warn(f"the fit is {verdict.level}: {verdict.sentence}. {_CURES}", FitWarning)
+            cures = " ".join(filter(None, (suggestion(self.target), _CURES)))
+            warn(f"the fit is {verdict.level}: {verdict.sentence}. {cures}", FitWarning)
         return verdict
 
     def _report_drift(self, training: Training) -> None:

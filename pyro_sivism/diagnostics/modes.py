@@ -134,15 +134,17 @@ def find_modes(
     far = blow_up * y[num_home : num_home + num_far]
     if extra_starts is not None:
         far = torch.cat([far, frame.affine.inverse(extra_starts.double())])
-    home_ends, home_values = _climb(counter, y[:num_home], max_steps)
+    home, far = _inside(counter, y[:num_home]), _inside(counter, far)
+    ends, values = _climb(counter, torch.cat([home, far]), max_steps)  # together: each step is one batch of scores
+    sizes = [len(home), len(far)]
+    (home_ends, far_ends), (home_values, far_values) = ends.split(sizes), values.split(sizes)
     peaks = _distinct_maxima(counter, home_ends, home_values)
     if not peaks:
         home_ends, home_values = _climb(counter, home_ends, _MORE_STEPS * max_steps)
         peaks = _distinct_maxima(counter, home_ends, home_values)
     if not peaks:
-        return ModeSearch((), math.nan, len(home_ends), counter.num_evaluations)
+        return ModeSearch((), math.nan, sum(sizes), counter.num_evaluations)
 
-    far_ends, far_values = _climb(counter, far, max_steps)
     new = []
     for peak in _distinct_maxima(counter, far_ends, far_values):
         at_home = any(peak.holds(end) for end in home_ends)
@@ -167,7 +169,7 @@ def find_modes(
     return ModeSearch(
         modes=tuple(modes),
         weight_error=0.5 * (shares - draw_shares).abs().sum().item() if reliable else math.nan,
-        num_starts=len(home_ends) + len(far_ends),
+        num_starts=sum(sizes),
         num_evaluations=counter.num_evaluations,
     )
 
@@ -202,15 +204,18 @@ class _Maximum:
         return (self.square_distance(points) < dim + 4.0 * math.sqrt(2.0 * dim) + 4.0).double().mean().item()
 
 
-def _climb(target: ScoredTarget, starts: Tensor, max_steps: int) -> tuple[Tensor, Tensor]:
-    """The ends (S, D) of the paths from the starts, and log p there, (S,).
-
-    A start where log p is not finite is pulled half way to the centre a few times, then left out.
-    """
+def _inside(target: ScoredTarget, starts: Tensor) -> Tensor:
+    """The starts, those where log p is not finite pulled half way to the centre a few times, then left out."""
     for _ in range(4):
-        log_density, _ = target(starts)
-        starts = torch.where(log_density.isfinite()[:, None], starts, 0.5 * starts)
-    starts = starts[target(starts)[0].isfinite()]
+        is_inside = target(starts)[0].isfinite()
+        if bool(is_inside.all()):
+            return starts
+        starts = torch.where(is_inside[:, None], starts, 0.5 * starts)
+    return starts[target(starts)[0].isfinite()]
+
+
+def _climb(target: ScoredTarget, starts: Tensor, max_steps: int) -> tuple[Tensor, Tensor]:
+    """The ends (S, D) of the paths from the starts, and log p there, (S,)."""
     if len(starts) == 0:
         return starts, starts.new_zeros(0)
     paths = quasi_newton_paths(target, starts, max_steps, tolerance=_TOLERANCE, noise=target.noise)
