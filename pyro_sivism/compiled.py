@@ -40,7 +40,7 @@ class CompiledGradients:
 
     def __init__(self, functions: Sequence[Gradients], target: Target, num_particles: int) -> None:
         self._target, self._num_particles = target, num_particles
-        self._graph = target.captured_graph("score", num_particles)
+        self._graph = target.captured_graph("score")
         if self._graph is None:
             raise CompileError(f"scores are computed along '{target.path.name}', and only captured ones compile")
         try:
@@ -55,7 +55,7 @@ class CompiledGradients:
     @property
     def is_current(self) -> bool:
         """Whether the target still evaluates the graph that was compiled."""
-        return self._target.captured_graph("score", self._num_particles) is self._graph
+        return self._target.captured_graph("score") is self._graph
 
     def __call__(self, index: int) -> Sequence[Tensor | None]:
         """What the function number ``index`` returns."""

@@ -2,9 +2,10 @@
 
 1. One particle's log density is recorded as a graph of tensor operations (``graph.record``), with the point, the
    model's tensor arguments and the minibatch's indices as inputs. The model need not be written for batches.
-2. The graph is put through ``vmap(grad_and_value(...))`` and recorded again, for each batch size that comes up often:
-   one flat graph from ``x (B, D)`` to log densities and scores, and a smaller one to scores only.
-3. A model that ``vmap`` cannot take (Multinomial) is recorded inside a plate of particles instead, for each batch size.
+2. The graph is put through ``vmap``, differentiated, and recorded again, for two sizes of batches, from which a graph
+   for all sizes follows (``batch_graph``): one from ``x (B, D)`` to log densities and scores, and the parts of it that
+   are needed for one of them.
+3. A model that ``vmap`` cannot take (Multinomial) is recorded inside a plate of particles instead.
 
 ``pyro.param``s and parameters of modules stay references to their leaves, so that they may be learned. What a graph
 cannot follow is refused while it is recorded, with the operation's own error (a branch on a latent, ``.item()``), or
@@ -14,28 +15,26 @@ rebinds, is left to the checks of :class:`pyro_sivism.target.Target` against run
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from torch import Tensor, fx
-from torch.func import grad, grad_and_value, vjp, vmap
+from torch import Tensor
+from torch.func import vmap
 
+from pyro_sivism.target.batch_graph import BatchGraph, sizes_in, unused_size
 from pyro_sivism.target.functorch import functorch_ready
-from pyro_sivism.target.graph import closed_over, has_detach, is_random, record, simplify
+from pyro_sivism.target.graph import is_random, simplify
+from pyro_sivism.target.paths import agree, direction
+from pyro_sivism.target.recording import Recording, record
 from pyro_sivism.target.runs import ModelRuns
 
 __all__ = ["CaptureError", "CapturedDensity"]
 
-# Recording a batch's graph costs as much as a few dozen evaluations, so the first few of a batch size go without.
-_MIN_USES = 3
-_MAX_BATCH_GRAPHS = 32  # past it, batches of other sizes go without, as when a few particles are left out each time
 
-Function = Callable[..., "Tensor | tuple[Tensor, Tensor]"]
+Function = Callable[..., Any]
 
 
 class CaptureError(RuntimeError):
@@ -58,15 +57,10 @@ class CapturedDensity:
     def __init__(self, runs: ModelRuns, x: Tensor, *, in_plate: bool = False) -> None:
         self._runs, self._in_plate = runs, in_plate
         self._versions: list[tuple[Tensor, int]] = []
-        self._has_detach = False
         self._stored_params: dict[str, Tensor] = {}
-        self._batch_graphs: dict[tuple, fx.GraphModule] = {}
-        self._uses: Counter[tuple] = Counter()
-        self._unused: set[tuple] = set()
-        self._plates: dict[int, fx.GraphModule] = {}
         runs.params(x)  # one that the store does not have yet is made by this run, and is not part of the graph
-        if not in_plate:
-            self._one = self._record_model(runs.one, x)
+        self._graphs = {"both": self._record_batches(x)}
+        self._used: set[tuple[str, bool]] = set()
 
     @property
     def is_stale(self) -> bool:
@@ -76,15 +70,16 @@ class CapturedDensity:
             stored.get(name) is not leaf for name, leaf in self._stored_params.items()
         )
 
-    def graph(self, what: str, num_particles: int) -> fx.GraphModule | None:
-        """The graph that evaluates such a batch, if it has been recorded."""
-        return self._batch_graphs.get((what, num_particles))
+    def graph(self, what: str) -> BatchGraph:
+        """The graph that evaluates "log_density", "score" or "both" of a batch."""
+        if what not in self._graphs:
+            self._graphs[what] = self._graphs["both"].part(0 if what == "log_density" else 1)
+        return self._graphs[what]
 
-    def is_first_use(self, what: str, num_particles: int, differentiable: bool) -> bool:
-        """Whether the graph for such a batch is there, and this was not asked before."""
-        use = what, num_particles, differentiable
-        is_first = use in self._unused
-        self._unused.discard(use)
+    def is_first_use(self, what: str, differentiable: bool) -> bool:
+        """Whether this was not asked before."""
+        is_first = (what, differentiable) not in self._used
+        self._used.add((what, differentiable))
         return is_first
 
     def evaluate(self, what: str, x: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
@@ -95,70 +90,79 @@ class CapturedDensity:
             x: the points.
             inputs: tensors in the place of :attr:`ModelRuns.inputs`.
         """
-        result: Any = self._graph_or_function(what, x, inputs)(x, *inputs)
+        result = self.graph(what)(x, *inputs)
         if what == "both":
-            score, log_density = result
-            return log_density, score
+            return result
         return (result, None) if what == "log_density" else (None, result)
 
     # --- recording ----------------------------------------------------------------------------------
 
-    def _graph_or_function(self, what: str, x: Tensor, inputs: Sequence[Tensor]) -> Callable[..., Any]:
-        key = what, len(x)
-        if key not in self._batch_graphs:
-            function = self._batch_function(what, x)
-            self._uses[key] += 1
-            if self._uses[key] < _MIN_USES or len(self._batch_graphs) >= _MAX_BATCH_GRAPHS:
-                return function
-            with _recording():
-                graph = record(function, x.detach(), *inputs)
-            self._batch_graphs[key] = simplify(graph, keep_detach=self._has_detach)
-            self._unused |= {(*key, differentiable) for differentiable in (False, True)}
-        return self._batch_graphs[key]
+    def _record_batches(self, x: Tensor) -> BatchGraph:
+        """The graph from a batch to its log densities and scores."""
+        inputs = self._own_inputs()
+        used = {len(x), *(size for tensor in inputs for size in tensor.shape)}
+        if not self._in_plate:
+            one = self._record_model(self._runs.one, x)
+            used |= sizes_in(one)
+            log_densities: Function = vmap(one.compile(), (0, *(None for _ in inputs)))
+        sizes, recordings = [], []
+        for _ in range(2):
+            sizes.append(unused_size(used))
+            points = _points_near(x, sizes[-1])
+            if self._in_plate:
+                log_densities = self._record_model(self._runs.in_plate, points).compile()
+            with torch.no_grad():
+                recording = record(_with_score(log_densities), points, *inputs, differentiates=True)
+            recordings.append(simplify(recording))
+            used |= sizes_in(recording)
+        graph = BatchGraph(recordings, sizes)
+        _check_sizes(graph, _points_near(x, sum(sizes)), inputs)
+        return graph
 
-    def _batch_function(self, what: str, x: Tensor) -> Function:
-        """The function of ``x`` and the inputs whose graph is wanted."""
-        if self._in_plate:
-            return self._plate_function(what, x)
-        in_dims = (0, *(None for _ in self._runs.inputs))
-        transform = {"log_density": lambda f: f, "score": grad, "both": grad_and_value}[what]
-        return vmap(transform(self._one), in_dims)
-
-    def _plate_function(self, what: str, x: Tensor) -> Function:
-        if len(x) not in self._plates:
-            self._plates[len(x)] = self._record_model(self._runs.in_plate, x.detach())
-        log_densities = self._plates[len(x)]
-        if what == "log_density":
-            return log_densities
-
-        def with_score(x: Tensor, *inputs: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-            log_density, pull_back, *_ = vjp(lambda u: log_densities(u, *inputs), x)
-            (score,) = pull_back(torch.ones_like(log_density))
-            return score if what == "score" else (score, log_density)
-
-        return with_score
-
-    def _record_model(self, function: Callable, x: Tensor) -> fx.GraphModule:
-        """The graph of one run of the model.
-
-        The inputs are made into objects of their own: a model that also closes over one of its arguments reads two
-        different things, which a later call with other arguments tells apart.
-        """
-        with _recording():
-            graph = record(function, x, *(tensor.detach() for tensor in self._runs.inputs))
-        if is_random(graph):
+    def _record_model(self, function: Function, x: Tensor) -> Recording:
+        """The graph of one run of the model."""
+        with pyro.validation_enabled(False), poutine.block(), functorch_ready(), torch.no_grad():
+            # Pyro's validation asks for values, which a recording does not have.
+            recording = record(function, x, *self._own_inputs())
+        if is_random(recording):
             raise CaptureError("the model draws random numbers outside of its sample sites")
-        held = closed_over(graph)
+        held = recording.closed_over
         self._versions += [(tensor, tensor._version) for tensor in held if not tensor.requires_grad]
         stored = pyro.get_param_store().named_parameters()
         self._stored_params |= {name: leaf for name, leaf in stored if any(leaf is tensor for tensor in held)}
-        simplify(graph, keep_detach=True)
-        self._has_detach |= has_detach(graph)
-        return graph
+        return simplify(recording)
+
+    def _own_inputs(self) -> list[Tensor]:
+        """The inputs as objects of their own: a model that also closes over one of its arguments reads two different
+        things, which a later call with other arguments tells apart."""
+        return [tensor.detach() for tensor in self._runs.inputs]
 
 
-@contextmanager
-def _recording() -> Iterator[None]:
-    """Pyro's validation asks for values, which a recording does not have."""
-    with pyro.validation_enabled(False), poutine.block(), functorch_ready(), torch.no_grad():
-        yield
+def _with_score(log_densities: Function) -> Function:
+    """The same function, of whose sum the gradient is returned too."""
+
+    def both(x: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            points = x.detach().requires_grad_()
+            log_density = log_densities(points, *inputs)
+            if not log_density.requires_grad:
+                return log_density, torch.zeros_like(x)
+            # Without create_graph some backward passes, as the log determinant's, take ways that have no derivatives.
+            (score,) = torch.autograd.grad(log_density.sum(), points, create_graph=True, materialize_grads=True)
+        return log_density, score
+
+    return both
+
+
+def _points_near(x: Tensor, count: int) -> Tensor:
+    steps = torch.linspace(-0.01, 0.01, count, dtype=x.dtype, device=x.device)
+    return x + steps[:, None] * direction(x)
+
+
+def _check_sizes(graph: BatchGraph, x: Tensor, inputs: Sequence[Tensor]) -> None:
+    """Raise unless a batch gives the same as its parts, a single point among them."""
+    with torch.no_grad():
+        whole = graph(x, *inputs)
+        parts = zip(*(graph(part, *inputs) for part in x.split([1, 4, len(x) - 5])))
+    if not all(agree(torch.cat(part), want) for part, want in zip(parts, whole)):
+        raise CaptureError("a batch's graph does not give what the graphs of its parts give")

@@ -34,11 +34,12 @@ from pyro import poutine
 from pyro.distributions import Distribution
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
-from torch import Tensor, fx
+from torch import Tensor
 
 from pyro_sivism.errors import ArgumentError, ModelError
 from pyro_sivism.layout import LatentLayout
 from pyro_sivism.target.arguments import Arguments
+from pyro_sivism.target.batch_graph import BatchGraph
 from pyro_sivism.target.binding import Binding
 from pyro_sivism.target.minibatches import MinibatchAverage
 from pyro_sivism.target.paths import PARTICLE_ERRORS, TargetPath, first_line
@@ -152,9 +153,9 @@ class Target:
         finally:
             replays.inputs = None
 
-    def captured_graph(self, what: str, num_particles: int) -> fx.GraphModule | None:
-        """The graph that such a batch is evaluated by, for the arguments at hand; None where there is none."""
-        return self._binding.replays.graph(self.path.name, what, num_particles)
+    def captured_graph(self, what: str) -> BatchGraph | None:
+        """The graph that a batch is evaluated by, for the arguments at hand; None where there is none."""
+        return self._binding.replays.graph(self.path.name, what)
 
     def check_soon(self) -> None:
         """Compare the next evaluation of a captured path with a run of the model."""

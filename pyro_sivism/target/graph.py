@@ -1,33 +1,31 @@
-"""Graphs of tensor operations: recorded from a function by ``make_fx``, and made smaller without changing a value.
+"""Graphs made smaller without changing a value.
 
-A recorded graph is a flat list of ATen operations. :func:`record` makes one that is pure: no operation writes into a
-tensor, so that equal operations can be shared and operations on constants done once; the Bernoulli log likelihood is
-written in 8 operations, backward pass included, where torch takes 30. :func:`simplify` then
+A recorded graph is a flat list of ATen operations, none of which writes into a tensor, so that equal operations can be
+shared and operations on constants done once. :func:`simplify`
 
 1. folds what depends on constants only. Tensors that the function closed over count as constants, unless they are
    leaves that require a gradient: those stay references, read anew at each replay;
 2. drops operations that change nothing (views to the same shape, ``x + 0``, ``x * 1``, ``x ** 1``);
-3. shares equal operations, and drops those that nothing reads.
+3. shares equal operations, and drops those that nothing reads;
+4. writes the Bernoulli log likelihood in 8 operations, backward pass included, where torch takes 30.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
-from torch.func import functionalize
 
-from pyro_sivism.target.recording import TensorMeta, trace
+from pyro_sivism.target.recording import Recording, TensorMeta
 
-__all__ = ["closed_over", "has_detach", "is_random", "record", "simplify"]
+__all__ = ["drop_unread", "is_random", "simplify"]
 
 aten = torch.ops.aten
 
 # Operations whose result nothing reads and which must stay: they raise where the values are bad.
 _CHECKS = {aten._linalg_check_errors.default, aten._assert_async.default, aten._assert_async.msg}
-_ALIASES = {aten.alias.default, aten.detach.default, aten.lift_fresh.default}
+_ALIASES = {aten.alias.default, aten.lift_fresh.default}
 # These return their argument's values in another shape, type or memory layout; where that is the same, the argument.
 _RESHAPES = {
     aten.view.default,
@@ -51,7 +49,12 @@ _NEUTRAL = {
     aten.pow.Tensor_Scalar: 1.0,
 }
 _COMMUTES = {aten.add.Tensor, aten.mul.Tensor}
-_FILLS = {
+_FILLS = {  # what was only allocated has no values yet that anything could read
+    aten.empty.memory_format: 0.0,
+    aten.empty_like.default: 0.0,
+    aten.empty_strided.default: 0.0,
+    aten.new_empty.default: 0.0,
+    aten.new_empty_strided.default: 0.0,
     aten.zeros_like.default: 0.0,
     aten.new_zeros.default: 0.0,
     aten.ones_like.default: 1.0,
@@ -60,58 +63,35 @@ _FILLS = {
 _MAX_CONSTANT = 2**22  # numbers in a folded tensor: past it, recomputing is cheaper than the memory
 
 
-def record(function: Callable, *inputs: Tensor) -> fx.GraphModule:
-    """The graph of ``function(*inputs)``, without operations that write into tensors.
-
-    Raises:
-        As :func:`pyro_sivism.target.recording.trace`.
-    """
-    recording = trace(function, *inputs)
-    for node in recording.graph.nodes:  # now, as making the graph pure takes them apart
-        if node.target is aten.binary_cross_entropy_with_logits.default:
-            _replace(node, _bernoulli(recording.graph, node))
-    graph_module = fx.GraphModule(recording.constants, recording.graph)
-    if any(_is_mutable(node) for node in recording.graph.nodes):
-        pure = trace(functionalize(graph_module, remove="mutations"), *inputs)
-        for node in pure.graph.nodes:
-            if node.target is aten.copy.default:  # has no derivative; it is its source, in the target's shape
-                _replace(node, _like_target(pure.graph, node))
-        graph_module = fx.GraphModule(pure.constants, pure.graph)
-    graph_module.meta["closed_over"] = recording.closed_over
-    return graph_module
+def simplify(recording: Recording) -> Recording:
+    """Make the graph smaller, in place."""
+    _Simplifier(recording).run()
+    recording.graph.lint()
+    return recording
 
 
-def simplify(graph_module: fx.GraphModule, keep_detach: bool = False) -> fx.GraphModule:
-    """Make the graph smaller, in place. ``keep_detach`` where the graph will be differentiated and a ``detach`` is the
-    model's own."""
-    _Simplifier(graph_module, keep_detach).run()
-    graph_module.graph.lint()
-    graph_module.recompile()
-    return graph_module
+def drop_unread(graph: fx.Graph) -> None:
+    """Drop the operations whose results nothing reads."""
+    for node in reversed(list(graph.nodes)):
+        if node.op in ("call_function", "get_attr") and not node.users and node.target not in _CHECKS:
+            graph.erase_node(node)
 
 
-def closed_over(graph_module: fx.GraphModule) -> list[Tensor]:
-    """The tensors that the recorded function read beside its inputs, and which may be changed in place later."""
-    return graph_module.meta["closed_over"]
-
-
-def has_detach(graph_module: fx.GraphModule) -> bool:
-    """Whether the graph stops some gradient."""
-    return any(node.target is aten.detach.default for node in graph_module.graph.nodes)
+def is_random(recording: Recording) -> bool:
+    """Whether a replay draws random numbers."""
+    return any(_is_random(node) for node in recording.graph.nodes)
 
 
 class _Simplifier:
-    def __init__(self, graph_module: fx.GraphModule, keep_detach: bool) -> None:
-        self.module, self.graph = graph_module, graph_module.graph
-        self.aliases = _ALIASES - ({aten.detach.default} if keep_detach else set())
-        self.num_constants = 0
+    def __init__(self, recording: Recording) -> None:
+        self.graph, self.constants = recording.graph, recording.constants
 
     def run(self) -> None:
         seen: dict[Any, fx.Node] = {}
         for node in list(self.graph.nodes):
             if node.op in ("call_function", "get_attr"):
                 self._rewrite(node, seen)
-        self._drop_unread()
+        drop_unread(self.graph)
 
     def _rewrite(self, node: fx.Node, seen: dict[Any, fx.Node]) -> None:
         if node.target in _CHECKS:
@@ -120,6 +100,9 @@ class _Simplifier:
             node = self._select_scatter(node)
         elif node.target is aten.slice_scatter.default:
             self._count_from_front(node)
+        elif node.target is aten.binary_cross_entropy_with_logits.default:
+            _replace(node, _bernoulli(self.graph, node))
+            return
         source = self._unchanged(node)
         if source is not None:
             _replace(node, source)
@@ -139,7 +122,7 @@ class _Simplifier:
         arguments = [a for a in node.args if isinstance(a, fx.Node)]
         if not arguments or not isinstance(node.meta.get("val"), TensorMeta):
             return None
-        if node.target in self.aliases:
+        if node.target in _ALIASES:
             return arguments[0]
         if node.target in _RESHAPES:
             return arguments[0] if _same_meta(node, arguments[0]) else None
@@ -160,7 +143,7 @@ class _Simplifier:
     def _constant(self, value: Any) -> Tensor | None:
         """The tensor behind a node that reads one which is not to be learned."""
         if isinstance(value, fx.Node) and value.op == "get_attr":
-            tensor = getattr(self.module, str(value.target))
+            tensor = self.constants[str(value.target)]
             return None if tensor.requires_grad else tensor
         return None
 
@@ -185,9 +168,8 @@ class _Simplifier:
             operation: Any = node.target
             with torch.no_grad():
                 result = operation(*fx.map_arg(node.args, lookup.get), **fx.map_arg(node.kwargs, lookup.get))
-        name = f"_folded_constant{self.num_constants}"
-        self.num_constants += 1
-        self.module.register_buffer(name, result)
+        name = f"folded_{len(self.constants)}"
+        self.constants[name] = result
         with self.graph.inserting_before(node):
             folded = self.graph.get_attr(name)
         folded.meta = dict(node.meta)
@@ -211,24 +193,9 @@ class _Simplifier:
         start, end, _ = slice(given.get("start"), given.get("end")).indices(target.meta["val"].shape[dim])
         node.args = (target, source, dim, start, end, step)
 
-    def _drop_unread(self) -> None:
-        for node in reversed(list(self.graph.nodes)):
-            if node.op in ("call_function", "get_attr") and not node.users and node.target not in _CHECKS:
-                self.graph.erase_node(node)
-
-
-def is_random(graph_module: fx.GraphModule) -> bool:
-    """Whether a replay draws random numbers."""
-    return any(_is_random(node) for node in graph_module.graph.nodes)
-
 
 def _is_random(node: fx.Node) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-
-
-def _is_mutable(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
 
 
 def _replace(node: fx.Node, by: fx.Node) -> None:
@@ -254,19 +221,6 @@ def _bernoulli(graph: fx.Graph, node: fx.Node) -> fx.Node:
         softplus = _call(graph, node, aten.softplus.default, logits, 1, 40)
         product = _call(graph, node, aten.mul.Tensor, logits, y)
         return _call(graph, node, aten.sub.Tensor, softplus, product)
-
-
-def _like_target(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    """The source of a ``copy(target, source)``, broadcast and cast as the copy does."""
-    target, source = node.args[:2]
-    if _same_meta(target, source):
-        return source  # type: ignore[return-value]  # _same_meta is false for numbers
-    meta = node.meta["val"]
-    with graph.inserting_before(node):
-        cast = graph.call_function(aten._to_copy.default, (source,), {"dtype": meta.dtype})
-        result = graph.call_function(aten.expand.default, (cast, list(meta.shape)))
-    cast.meta, result.meta = {}, dict(node.meta)
-    return result
 
 
 def _same_meta(a: Any, b: Any) -> bool:

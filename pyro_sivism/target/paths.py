@@ -99,6 +99,11 @@ class Allocations(TorchDispatchMode):
         super().__init__()
         self.num_bytes = 0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Whether torch keeps its compiler out of this mode, for which it would import that, in more than a second."""
+        return False
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         if not func.is_view:

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from pyro_sivism.errors import ModelError
+from pyro_sivism.target.batch_graph import BatchGraph
 from pyro_sivism.target.capture import CapturedDensity, CaptureError
 from pyro_sivism.target.paths import PARTICLE_ERRORS, agree, direction, values_at
 from pyro_sivism.target.runs import ModelRuns
@@ -59,10 +60,10 @@ class Replays:
         captured = self._capture(path)
         return captured.evaluate(what, x, self._runs.inputs if self.inputs is None else self.inputs)
 
-    def graph(self, path: str, what: str, num_particles: int) -> fx.GraphModule | None:
-        """The graph that such a batch is evaluated by; None where there is none."""
+    def graph(self, path: str, what: str) -> BatchGraph | None:
+        """The graph that evaluates a batch; None where there is none."""
         captured = self._captures.get((path, self._runs.arguments.frozen))
-        return None if captured is None or captured.is_stale else captured.graph(what, num_particles)
+        return None if captured is None or captured.is_stale else captured.graph(what)
 
     def clear(self) -> None:
         """Forget all graphs."""
@@ -93,7 +94,7 @@ class Replays:
         differentiable = score is not None and score.requires_grad
         self._num_replays[differentiable] += 1
         self.num_unchecked += 1
-        is_new = self._capture(path).is_first_use(what, len(x), differentiable)
+        is_new = self._capture(path).is_first_use(what, differentiable)
         if not (is_new or self.is_check_due or self._num_replays[differentiable] % _CHECK_EVERY == 0):
             return None
         self.is_check_due = False

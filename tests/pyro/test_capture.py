@@ -20,7 +20,7 @@ from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from pyro_sivism import SIVISM, FisherDivergence, FixedGaussian
 from pyro_sivism.errors import NonDeterministicModelError, TargetPathWarning
 from pyro_sivism.layout import LatentLayout
-from pyro_sivism.target import Target, binding, capture, density, replays
+from pyro_sivism.target import Target, binding, density, replays
 from pyro_sivism.target.arguments import Arguments
 from pyro_sivism.target.capture import CapturedDensity, CaptureError
 from pyro_sivism.target.minibatches import draw_indices
@@ -28,7 +28,6 @@ from pyro_sivism.target.minibatches import draw_indices
 pytestmark = pytest.mark.usefixtures("float64")
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-MIN_USES = capture._MIN_USES  # a batch size is evaluated by its own graph from this use on
 
 
 def make_target(model, *args, paths=density.PATHS, **kwargs):
@@ -49,8 +48,8 @@ def hvp(target, path, x, v):
     return torch.autograd.grad((score * v).sum(), x, materialize_grads=True)[0]
 
 
-def assert_as_the_loop(target, x=None, uses=MIN_USES):
-    """Log densities, scores and Hessian-vector products are the loop's, before and after the batch has its graph."""
+def assert_as_the_loop(target, x=None, uses=2):
+    """Log densities, scores and Hessian-vector products are the loop's, at the first use of each graph and later."""
     x = points(target) if x is None else x
     want = target._evaluate_along("loop", x)
     v = torch.cos(torch.arange(x.numel(), dtype=x.dtype, device=x.device)).reshape(x.shape)
@@ -83,20 +82,15 @@ def no_checks(monkeypatch):
 
 @pytest.fixture
 def recordings(monkeypatch):
-    """Counts the captures and the graphs of batches that are made."""
-    counts = {"models": 0, "batches": 0}
-    record_model, record = CapturedDensity._record_model, capture.record
+    """Counts the runs of the model that are recorded."""
+    counts = {"models": 0}
+    record_model = CapturedDensity._record_model
 
     def counting_models(self, *args):
         counts["models"] += 1
         return record_model(self, *args)
 
-    def counting(*args):
-        counts["batches"] += 1
-        return record(*args)
-
     monkeypatch.setattr(CapturedDensity, "_record_model", counting_models)
-    monkeypatch.setattr(capture, "record", counting)
     return counts
 
 
@@ -239,7 +233,7 @@ def test_a_parameters_gradient_that_a_recording_loses_is_seen(stop):
 
 def assert_params_learn_as_in_the_loop(target):
     x = points(target)
-    for _ in range(MIN_USES):
+    for _ in range(2):
         params = target.params()
         found = []
         for log_density in (target.log_density(x), target._evaluate_along("loop", x, "log_density")[0]):
@@ -642,20 +636,16 @@ def test_what_depends_on_the_data_behind_the_recordings_back_is_noticed_at_their
 
 
 def test_a_wrong_derivative_is_noticed_at_its_first_use(monkeypatch):
-    """The graph of a batch is compared again when it is first differentiated, however often it was used before."""
-    simplify = capture.simplify
-
-    def without_detach(graph, keep_detach=False):
-        return simplify(
-            graph, keep_detach=keep_detach and graph.graph.find_nodes(op="output")[0].args[0].meta["val"].shape == ()
-        )
-
+    """A graph is compared again when it is first differentiated, however often it was used before."""
     target = make_target(own_detach)
-    monkeypatch.setattr(capture, "simplify", without_detach)
     x = points(target)
-    for _ in range(MIN_USES + 1):
+    target.score(x)
+    graph = target.captured_graph("score")
+    captured = target._binding.replays._capture("captured")
+    for _ in range(3):
         target.score(x)
     assert target.path.name == "captured"
+    monkeypatch.setitem(captured._graphs, "score", lambda x, *inputs: graph(x, *inputs) + x - x.detach())
     with pytest.warns(TargetPathWarning, match="the score's derivative at one draw is"):
         got = hvp(target, "captured", x, torch.ones_like(x))
     torch.testing.assert_close(got, hvp(target, "loop", x, torch.ones_like(x)))
@@ -688,7 +678,7 @@ def test_a_failed_cholesky_of_one_particle_is_nan_and_never_garbage(no_checks):
     target = make_target(covariance)
     assert target.path.name == "captured"
     good, bad = torch.tensor([[1.0], [2.0], [0.5]]), torch.tensor([[1.0], [-1.0], [0.5]])
-    for _ in range(MIN_USES + 1):
+    for _ in range(2):
         assert_as_the_loop(target, good, uses=1)
         log_density, score = target.log_density_and_score(bad)
         assert log_density.isnan().tolist() == score[:, 0].isnan().tolist() == [False, True, False]
@@ -720,26 +710,13 @@ def test_types_and_devices(dtype, device, no_checks):
     assert_as_the_loop(target)
 
 
-def test_a_batch_gets_a_graph_of_its_own_after_a_few_uses(no_checks, recordings):
-    target = make_target(location, Y)
-    assert recordings == {"models": 1, "batches": 1}
-    for use in range(1, MIN_USES + 3):
-        target.score(points(target, 6))
-        assert recordings["batches"] == 1 + (use >= MIN_USES)
-        assert (target.captured_graph("score", 6) is not None) == (use >= MIN_USES)
-    target.score(points(target, 5))
-    assert recordings == {"models": 1, "batches": 2}
-    assert_as_the_loop(target, points(target, 6))
-
-
-def test_batches_of_every_size_are_not_recorded_for_ever(monkeypatch, no_checks, recordings):
-    monkeypatch.setattr(capture, "_MAX_BATCH_GRAPHS", 2)
-    target = make_target(location, Y)
-    for size in range(1, 6):
-        for _ in range(MIN_USES + 1):
-            x = points(target, size)
-            torch.testing.assert_close(target.score(x), target._evaluate_along("loop", x)[1])
-    assert recordings == {"models": 1, "batches": 1 + 2}
+@pytest.mark.parametrize("model", [curved, lkj, ordered_outcomes])
+def test_one_recording_serves_batches_of_every_size(model, no_checks, recordings):
+    target = make_target(model)
+    for size in (1, 2, 3, 5, 7, 8, 100):
+        assert_as_the_loop(target, points(target, size), uses=1)
+    assert recordings == {"models": 1}
+    assert target.captured_graph("score") is target.captured_graph("score") is not None
 
 
 def multinomial():
@@ -762,7 +739,7 @@ def test_chunks_past_the_memory_budget_give_the_same(model, num_chunks, monkeypa
         "evaluate_along",
         lambda self, path, x, *a: sizes.append(len(x)) or evaluate_along(self, path, x, *a),
     )
-    for _ in range(MIN_USES):
+    for _ in range(2):
         sizes.clear()
         torch.testing.assert_close(target.score(x), want[1])
         assert len(sizes) == min(num_chunks, 7)
