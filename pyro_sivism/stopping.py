@@ -6,7 +6,7 @@ learning rate falls to nearly zero (Loshchilov and Hutter, "SGDR: stochastic gra
 fresh draws and the scores there, never by the losses of the steps, and the run ends when q
 
 - has *settled*: no moment is off and the Fisher divergence is small; or
-- has *stalled*: the last cycle, half of all steps, made neither smaller by a tenth; or
+- has *stalled*: the moments are tolerable, and the last cycle, half of all steps, made neither smaller by a tenth; or
 - has had as many steps as the recipe allows.
 
 The best q is the one that is kept. Where the Gaussian that q starts from is the posterior already, no step is taken.
@@ -21,6 +21,7 @@ __all__ = ["Evidence", "StoppingRule"]
 _FIRST_CYCLE = 300
 _SMALL_DIVERGENCE = 0.2  # times D / 32 beyond 32 dimensions, as in the verdict
 _SMALL_MOMENT_ERROR = 0.05  # sds, or log2 of an sd
+_TOLERABLE_MOMENT_ERROR = 0.17  # beyond, the verdict is not good: in a hundred dimensions it may come down late
 _MATCHED_DIVERGENCE = _SMALL_MOMENT_ERROR**2  # of a Gaussian whose mean is off by as much
 _GAIN = 0.1
 
@@ -88,7 +89,9 @@ class StoppingRule:
             is_enough = not self._goes_on and _is_within(evidence, _MATCHED_DIVERGENCE)
             length = 0 if is_enough else _FIRST_CYCLE
         else:
-            is_enough = _is_within(evidence, self._small_divergence) or not _gains(evidence, self._best)
+            is_tolerable = evidence.moment_error <= _TOLERABLE_MOMENT_ERROR
+            has_stalled = is_tolerable and not _gains(evidence, self._best)
+            is_enough = has_stalled or _is_within(evidence, self._small_divergence)
             length = 0 if is_enough and not is_moving else self._num_steps
         if is_moving or self._best is None or evidence.is_better_than(self._best):
             self._best = evidence

@@ -36,6 +36,10 @@ def test_a_run_ends_when_it_has_stalled():
     assert cycles(FAR, (0.1, 6.0)) == [300, 300]  # heavy tails come first, and go again
 
 
+def test_a_run_does_not_end_where_its_verdict_would_be_bad():
+    assert cycles(FAR, FAR, FAR, FAR, FAR) == [300, 300, 600, 1200, 0]
+
+
 def test_noise_of_errors_too_small_to_matter_is_no_gain():
     assert cycles(FAR, (0.04, 1.0), (0.0, 1.0)) == [300, 300, 0]
 
