@@ -6,7 +6,7 @@ learning rate falls to nearly zero (Loshchilov and Hutter, "SGDR: stochastic gra
 fresh draws and the scores there, never by the losses of the steps, and the run ends when q
 
 - has *settled*: no moment is off and the Fisher divergence is small; or
-- has *stalled*: the moments are tolerable, and the last cycle, half of all steps, made neither smaller by a tenth; or
+- has *stalled*: both are tolerable, and the last cycle, half of all steps, made neither smaller by a tenth; or
 - has had as many steps as the recipe allows.
 
 The best q is the one that is kept. Where the Gaussian that q starts from is the posterior already, no step is taken.
@@ -21,7 +21,7 @@ __all__ = ["Evidence", "StoppingRule"]
 _FIRST_CYCLE = 300
 _SMALL_DIVERGENCE = 0.2  # times D / 32 beyond 32 dimensions, as in the verdict
 _SMALL_MOMENT_ERROR = 0.05  # sds, or log2 of an sd
-_TOLERABLE_MOMENT_ERROR = 0.17  # beyond, the verdict is not good: in a hundred dimensions it may come down late
+_TOLERABLE = 3.5  # times what is small: beyond, the verdict is not good, and errors may yet come down late
 _MATCHED_DIVERGENCE = _SMALL_MOMENT_ERROR**2  # of a Gaussian whose mean is off by as much
 _GAIN = 0.1
 
@@ -85,13 +85,11 @@ class StoppingRule:
             evidence: before the first cycle, then after each.
             is_moving: whether the posterior itself is still changing, as the model's own parameters are learned.
         """
-        if self._best is None:
+        if self._last is None:
             is_enough = not self._goes_on and _is_within(evidence, _MATCHED_DIVERGENCE)
             length = 0 if is_enough else _FIRST_CYCLE
         else:
-            is_tolerable = evidence.moment_error <= _TOLERABLE_MOMENT_ERROR
-            has_stalled = is_tolerable and not _gains(evidence, self._best)
-            is_enough = has_stalled or _is_within(evidence, self._small_divergence)
+            is_enough = _is_within(evidence, self._small_divergence) or self._has_stalled(evidence)
             length = 0 if is_enough and not is_moving else self._num_steps
         if is_moving or self._best is None or evidence.is_better_than(self._best):
             self._best = evidence
@@ -100,12 +98,19 @@ class StoppingRule:
         self._num_steps += length
         return length
 
+    def _has_stalled(self, evidence: Evidence) -> bool:
+        """The first cycle may well end with larger errors than the Gaussian's, which the next ones make good."""
+        if self._last is None or self._num_steps == _FIRST_CYCLE:
+            return False
+        is_tolerable = _is_within(evidence, _TOLERABLE * self._small_divergence, _TOLERABLE * _SMALL_MOMENT_ERROR)
+        return is_tolerable and not _gains(evidence, self._last)
 
-def _is_within(evidence: Evidence, divergence: float) -> bool:
-    return evidence.moment_error <= _SMALL_MOMENT_ERROR and evidence.divergence <= divergence
+
+def _is_within(evidence: Evidence, divergence: float, moment_error: float = _SMALL_MOMENT_ERROR) -> bool:
+    return evidence.moment_error <= moment_error and evidence.divergence <= divergence
 
 
-def _gains(evidence: Evidence, best: Evidence) -> bool:
+def _gains(evidence: Evidence, last: Evidence) -> bool:
     """Whether a cycle has brought something: smaller errors of moments that matter, or a smaller divergence."""
-    error, best_error = (max(each.moment_error, _SMALL_MOMENT_ERROR) for each in (evidence, best))
-    return error <= (1.0 - _GAIN) * best_error or evidence.divergence <= (1.0 - _GAIN) * best.divergence
+    error, last_error = (max(each.moment_error, _SMALL_MOMENT_ERROR) for each in (evidence, last))
+    return error <= (1.0 - _GAIN) * last_error or evidence.divergence <= (1.0 - _GAIN) * last.divergence
