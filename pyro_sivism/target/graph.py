@@ -7,7 +7,8 @@ shared and operations on constants done once. :func:`simplify`
    leaves that require a gradient: those stay references, read anew at each replay;
 2. drops operations that change nothing (views to the same shape, ``x + 0``, ``x * 1``, ``x ** 1``);
 3. shares equal operations, and drops those that nothing reads;
-4. writes the Bernoulli log likelihood in 8 operations, backward pass included, where torch takes 30.
+4. writes the Bernoulli log likelihood in 8 operations, backward pass included, where torch takes 30, and a matrix
+   product with one term as a product.
 """
 
 from __future__ import annotations
@@ -100,6 +101,8 @@ class _Simplifier:
             node = self._select_scatter(node)
         elif node.target is aten.slice_scatter.default:
             self._count_from_front(node)
+        elif node.target is aten.bmm.default and _is_outer_product(node):
+            node.target = aten.mul.Tensor
         elif node.target is aten.binary_cross_entropy_with_logits.default:
             _replace(node, _bernoulli(self.graph, node))
             return
@@ -221,6 +224,16 @@ def _bernoulli(graph: fx.Graph, node: fx.Node) -> fx.Node:
         softplus = _call(graph, node, aten.softplus.default, logits, 1, 40)
         product = _call(graph, node, aten.mul.Tensor, logits, y)
         return _call(graph, node, aten.sub.Tensor, softplus, product)
+
+
+def _is_outer_product(node: fx.Node) -> bool:
+    """Whether a ``bmm`` sums over one term only, ``(N, n, 1)`` by ``(N, 1, m)``, which as a product takes a tenth of
+    the time; and whether the product is laid out in memory as the ``bmm``."""
+    metas = [argument.meta["val"] for argument in node.all_input_nodes]
+    if len(metas) != 2 or metas[0].shape[2] != 1:
+        return False
+    strides = [[s for s, length in zip(meta.stride, meta.shape) if length > 1] for meta in metas]
+    return all(stride == sorted(stride, reverse=True) for stride in strides)
 
 
 def _same_meta(a: Any, b: Any) -> bool:

@@ -239,6 +239,26 @@ def test_the_bernoulli_log_likelihood_is_small_and_right_far_out():
     assert aten.binary_cross_entropy_with_logits.default in targets(weighted)
 
 
+@pytest.mark.parametrize("order", ["contiguous", "transposed", "moved"])
+def test_a_matrix_product_with_one_term_is_a_product(order):
+    """Where that has the same layout in memory: what views it would fail on another."""
+    arrange = {
+        "contiguous": lambda column, row: (column, row),
+        "transposed": lambda column, row: (column.mT.contiguous().mT, row),
+        "moved": lambda column, row: (column.movedim(0, 1).contiguous().movedim(0, 1), row),
+    }[order]
+
+    def function(x):
+        column, row = arrange(x.view(2, 2, 1) * torch.ones(2, 2, 1), x.view(2, 1, 2).exp())
+        return torch.bmm(column, row).view(-1).sin()
+
+    recording = simplify(record(function, X))
+    assert (aten.bmm.default in targets(recording)) == (order == "moved")
+    torch.testing.assert_close(recording.compile()(X), function(X), rtol=0.0, atol=0.0)
+    wide = simplify(record(lambda x: torch.bmm(x.view(1, 2, 2), x.view(1, 2, 2)), X))
+    assert aten.bmm.default in targets(wide)
+
+
 # --- what simplify takes away, and what it leaves -----------------------------------------------------
 
 
