@@ -40,7 +40,7 @@ BASELINE = "AutoNormal"
 CAN_COMPILE = "compile" in inspect.signature(SIVISM).parameters
 
 # The score's graph is made of a batch that comes up again, and the step is compiled once it has.
-STEPS_BEFORE_MEASURED = {"off": 5, "on": 60}
+STEPS_BEFORE_MEASURED = {"off": 30, "on": 60}
 
 Step = Callable[[], float]
 
