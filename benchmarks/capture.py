@@ -2,6 +2,7 @@
 
     python benchmarks/capture.py                            # B = 100, one CPU thread, every model
     python benchmarks/capture.py --problems logistic radon --particles 1000
+    python benchmarks/capture.py --posteriors DIR           # whole fits, capture on against capture off
 
 For each model, ``Target.score`` at B points is measured along each path that the package knows: ``captured`` (a graph
 replayed, no Pyro in it, of one particle or where that fails of a plate), ``vmap`` and ``plate`` (the model run once,
@@ -15,13 +16,22 @@ against single particles included.
 Every path's scores are compared with Pyro's; ``error`` is the largest difference, in units of the largest score. A path
 that cannot run a model has a dash, and its reason is in the JSON. Medians hide the self-checks that a path makes at
 intervals; the means, which do not, are in the JSON too.
+
+With ``--posteriors`` what is measured is a fit, ``run(--steps)`` on each of the posteriors in ``DIR`` (whose form
+``posteriors.py`` states), in CPU seconds with everything from the model to the verdict in them, capture included; and
+the largest difference between the draws of the two fits of ``--compared-steps`` steps from one seed in float64, in
+posterior sds. Each fit has a process of its own. The last line is the geometric mean of the ratios.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import json
 import statistics
+import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,12 +39,14 @@ from typing import Any
 import pyro
 import record
 import torch
+from fresh import run_fresh
 from problems import PROBLEMS, Problem
 from pyro import poutine
 from pyro.infer import TraceEnum_ELBO, config_enumerate
 from timing import interleave, ratio
 from torch import Tensor
 
+from pyro_sivism import SIVISM
 from pyro_sivism.guide import SemiImplicitGuide
 from pyro_sivism.target import Target
 
@@ -142,6 +154,78 @@ def _calls(scores: dict[str, Score], points: Tensor) -> dict[str, Callable[[], T
     return {name: lambda score=score: score(points) for name, score in scores.items()}
 
 
+# --- whole fits ---------------------------------------------------------------------------------------
+
+
+def fit(point: dict[str, Any]) -> dict[str, Any]:
+    """Fit one posterior in this process: the CPU seconds, and draws as nested lists where ``point`` asks for them."""
+    torch.set_default_dtype(torch.float64)
+    sys.path.insert(0, point["posteriors"])
+    model, data, _ = importlib.import_module("models").load(point["posterior"])
+    pyro.set_rng_seed(point["seed"])
+    inference = SIVISM(model, capture=point["capture"])
+    started = time.process_time()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a short fit is no good one
+        inference.run(point["steps"], data, progress_bar=False)
+    row: dict[str, Any] = {"seconds": time.process_time() - started, "path": inference.target.path.name}
+    if point["num_draws"]:
+        pyro.set_rng_seed(point["seed"])
+        draws = inference.sample(point["num_draws"])
+        row["draws"] = {name: values.tolist() for name, values in draws.items()}
+    return row
+
+
+def compare_fits(posterior: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One row: the seconds of both fits and their ratio, and how far apart two shorter ones are."""
+    point = {"posteriors": str(args.posteriors), "posterior": posterior, "seed": args.seed}
+    row: dict[str, Any] = {"posterior": posterior, "steps": args.steps, "compared_steps": args.compared_steps}
+    draws = {}
+    for name, capture in (("captured", True), ("uncaptured", False)):
+        timed = run_fresh(__file__, point | {"capture": capture, "steps": args.steps, "num_draws": 0})
+        compared = run_fresh(__file__, point | {"capture": capture, "steps": args.compared_steps, "num_draws": 500})
+        for part in (timed, compared):
+            if "error" in part:
+                return row | {"error": f"{name}: {part['error']}"}
+        row |= {f"{name}_seconds": timed["seconds"], f"{name}_path": timed["path"]}
+        draws[name] = {site: torch.tensor(values) for site, values in compared["draws"].items()}
+    row["draws_difference"] = max(
+        ((values - draws["uncaptured"][site]).abs() / values.std(0)).max().item()
+        for site, values in draws["captured"].items()
+    )
+    return row | {"speedup": row["uncaptured_seconds"] / row["captured_seconds"]}
+
+
+def print_fits(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        if "error" in row:
+            print(f"{row['posterior']:28s} {row['error']}", flush=True)
+            continue
+        print(
+            f"{row['posterior']:28s} {row['captured_path']:>14s} {row['captured_seconds']:8.2f}"
+            f" {row['uncaptured_path']:>10s} {row['uncaptured_seconds']:8.2f} {row['speedup']:8.2f}"
+            f" {row['draws_difference']:12.1e}",
+            flush=True,
+        )
+
+
+def compare_all_fits(args: argparse.Namespace) -> list[dict[str, Any]]:
+    sys.path.insert(0, str(args.posteriors))
+    names = args.names or list(importlib.import_module("models").POSTERIORS)
+    print(
+        f"{'posterior':28s} {'path':>14s} {'CPU s':>8s} {'without':>10s} {'CPU s':>8s} {'speedup':>8s}"
+        f" {'draws apart':>12s}"
+    )
+    rows = []
+    for name in names:
+        rows.append(compare_fits(name, args))
+        print_fits(rows[-1:])
+    speedups = [row["speedup"] for row in rows if "error" not in row]
+    if speedups:
+        print(f"geometric mean of {len(speedups)} speedups: {statistics.geometric_mean(speedups):.2f}")
+    return rows
+
+
 def print_header() -> None:
     columns = "".join(f"{name + ' ms':>12s}" for name in (*PATHS, "pyro"))
     ratios = "".join(f"{'/ ' + name:>9s}" for name in EAGER_PLATES)
@@ -172,11 +256,24 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a few rounds of small batches")
     parser.add_argument("--out", type=Path, default=Path("results/capture.json"))
+    parser.add_argument("--posteriors", type=Path, help="compare whole fits on the posteriors in this folder")
+    parser.add_argument("--names", nargs="+", help="of them, these")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--compared-steps", type=int, default=50)
+    parser.add_argument("--point", type=json.loads, help=argparse.SUPPRESS)  # one fit, in a process of its own
     args = parser.parse_args(argv)
+    if args.point is not None:
+        torch.set_num_threads(1)
+        print(json.dumps(fit(args.point)))
+        return
     if args.quick:
+        args.steps, args.compared_steps = 5, 2
         args.particles, args.rounds, args.turn = 5, 3, 0.0
     torch.set_num_threads(args.threads)
 
+    if args.posteriors is not None:
+        record.write(args, compare_all_fits(args))
+        return
     rows = []
     print_header()
     for name in args.problems:

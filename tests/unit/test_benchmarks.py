@@ -60,6 +60,28 @@ def test_capture_notices_a_score_that_is_wrong(load):
     assert torch.allclose(right, capture.score_by_pyro(problem, target)(points), rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.slow
+def test_capture_compares_whole_fits(load, tmp_path):
+    folder, out = tmp_path / "posteriors", tmp_path / "capture.json"
+    folder.mkdir()
+    (folder / "models.py").write_text(
+        "import pyro, torch\n"
+        "import pyro.distributions as dist\n"
+        "def model(y):\n"
+        "    a = pyro.sample('a', dist.Normal(torch.zeros(2), 1.0).to_event(1))\n"
+        "    pyro.sample('y', dist.Normal(a.exp(), 1.0).to_event(1), obs=y)\n"
+        "POSTERIORS = {'pair': model, 'broken': None}\n"
+        "def load(name):\n"
+        "    return POSTERIORS[name], torch.ones(2), None\n"
+    )
+    load("capture").main(["--posteriors", str(folder), "--quick", "--out", str(out)])
+    pair, broken = rows_of(out)
+    assert (pair["captured_path"], pair["uncaptured_path"]) == ("captured", "vmap")
+    assert pair["draws_difference"] < 1e-8
+    assert pair["speedup"] > 0
+    assert "ArgumentError" in broken["error"]
+
+
 def test_scaling_measures_a_point_and_keeps_a_failure(load, tmp_path):
     scaling = load("scaling")
     point = scaling.BASE | {"dim": 2, "num_rows": 10, "num_particles": 4, "rounds": 2}
