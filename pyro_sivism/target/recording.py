@@ -11,6 +11,7 @@ and whatever shares memory with that tensor is computed from it when it is next 
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -225,10 +226,9 @@ class _Recorder(TorchDispatchMode):
             return self._record(func, args, kwargs or {})
 
     def _record(self, func: Any, args: tuple, kwargs: dict) -> Any:
-        with self:
-            decomposed = func.decompose(*args, **kwargs)
-        if decomposed is not NotImplemented:
-            return decomposed
+        if _is_composite(func):
+            with self:
+                return func.decompose(*args, **kwargs)
         tensors: list[Tensor] = []
         _map_tensors((args, kwargs), tensors.append)
         if torch.Tag.data_dependent_output in func.tags:
@@ -287,6 +287,12 @@ class _Recorder(TorchDispatchMode):
         node = _call(self.graph, pure, nodes, TensorMeta.of(args[0]), keywords)
         self._values[args[0]] = _Value(node, is_known, before, (pure, *args[1:]))
         return result
+
+
+@functools.cache
+def _is_composite(func: Any) -> bool:
+    """Whether an operation is defined by others."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), torch._C.DispatchKey.CompositeImplicitAutograd)
 
 
 def _map_tensors(arguments: Any, function: Callable[[Tensor], Any]) -> Any:
