@@ -114,7 +114,8 @@ def gather_evidence(
     target: Target | AnchoredTarget, affine: AffineMap, family: SemiImplicit, objective: Objective, num_steps: int
 ) -> Evidence:
     """How far q is from the posterior after ``num_steps`` steps; infinitely far where the target is not finite at most
-    draws. The arguments are those of :func:`assess`, of whose instruments it uses those that look at moments.
+    draws. The arguments are those of :func:`assess`, of whose instruments it uses those that look at moments, on half as
+    many chains.
     """
     sample = family.rsample(_NUM_DRAWS)
     x = affine.forward(sample.x)
@@ -124,7 +125,7 @@ def gather_evidence(
         errors = [stein_statistics(x, score, num_blocks=num_blocks).coordinates]
         fisher = _fisher(target, affine, objective.critic, objective, sample.x, x, score, sample.conditional_score)
         if not target.is_subsampled:
-            errors.append(drift_statistics(target, x[: _num_chains(target.dim)]).coordinates)
+            errors.append(drift_statistics(target, x[: _num_chains(target.dim) // 2]).coordinates)
     except (ArgumentError, NonFiniteError):  # too few draws left, or no spread in them
         return Evidence(num_steps, moment_error=math.inf, divergence=math.inf)
     worst = max(float(torch.maximum(each.sure_mean.abs(), each.sure_log2_sd.abs()).max()) for each in errors)

@@ -22,7 +22,7 @@ _FIRST_CYCLE = 300
 _SMALL_DIVERGENCE = 0.2  # times D / 32 beyond 32 dimensions, as in the verdict
 _SMALL_MOMENT_ERROR = 0.05  # sds, or log2 of an sd
 _TOLERABLE = 3.5  # times what is small: beyond, the verdict is not good, and errors may yet come down late
-_MATCHED_DIVERGENCE = _SMALL_MOMENT_ERROR**2  # of a Gaussian whose mean is off by as much
+_MATCHED_DIVERGENCE = (0.5 * _SMALL_MOMENT_ERROR) ** 2  # of a Gaussian whose mean is off by half as much
 _GAIN = 0.1
 
 
