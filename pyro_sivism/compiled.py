@@ -32,14 +32,13 @@ class CompiledGradients:
         functions: what to compile. Each returns tensors and reads nothing that changes but parameters, buffers,
             random numbers and the target's inputs.
         target: the model's, computed along a captured path.
-        num_particles: the size of the batches whose scores they ask for.
 
     Raises:
         CompileError: there is no captured graph or no compiler, or the compiled gradients differ.
     """
 
-    def __init__(self, functions: Sequence[Gradients], target: Target, num_particles: int) -> None:
-        self._target, self._num_particles = target, num_particles
+    def __init__(self, functions: Sequence[Gradients], target: Target) -> None:
+        self._target = target
         self._graph = target.captured_graph("score")
         if self._graph is None:
             raise CompileError(f"scores are computed along '{target.path.name}', and only captured ones compile")

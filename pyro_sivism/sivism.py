@@ -304,8 +304,8 @@ class SIVISM:
             for name, value in saved["model_params"].items():
                 if name in params:
                     params[name].data.copy_(value)
-        scored, num_anchors = (self.target, 0) if self._anchored is None else (self._anchored, 1)
-        training.connect(WhitenedTarget(scored, self.guide.affine), self.target, params, num_anchors=num_anchors)
+        scored = self.target if self._anchored is None else self._anchored
+        training.connect(WhitenedTarget(scored, self.guide.affine), self.target, params)
         if saved is not None:
             training.load_state_dict(saved["training"])
             self._saved = None

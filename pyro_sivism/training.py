@@ -98,14 +98,9 @@ class Training:
         self._model_stepper: Stepper | None = None
         self._model_drift: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def connect(
-        self, target: TargetDensity, source: Target, model_params: Mapping[str, Tensor], *, num_anchors: int = 0
-    ) -> None:
-        """Work on this whitened target, made of ``source``, from now on, and learn these parameters of the model.
-
-        It adds ``num_anchors`` points to every batch that it asks ``source`` for.
-        """
-        self.target, self.source, self._num_anchors = target, source, num_anchors
+    def connect(self, target: TargetDensity, source: Target, model_params: Mapping[str, Tensor]) -> None:
+        """Work on this whitened target, made of ``source``, from now on, and learn these parameters of the model."""
+        self.target, self.source = target, source
         self._compiled = None
         self.objective.setup(self.family, target, self.critic)
         known = {} if self._model_stepper is None else self._model_stepper.params
@@ -137,7 +132,7 @@ class Training:
         if self.objective.depends_on_step:
             raise CompileError(f"the loss of {type(self.objective).__name__} changes from step to step")
         functions = (self._own_critic_gradients, self._own_guide_gradients)
-        self._compiled = CompiledGradients(functions, self.source, self._num_particles + self._num_anchors)
+        self._compiled = CompiledGradients(functions, self.source)
 
     @property
     def is_compiled(self) -> bool:
