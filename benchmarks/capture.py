@@ -188,7 +188,7 @@ def compare_fits(posterior: str, args: argparse.Namespace) -> dict[str, Any]:
             if "error" in part:
                 return row | {"error": f"{name}: {part['error']}"}
         row |= {f"{name}_seconds": timed["seconds"], f"{name}_path": timed["path"]}
-        draws[name] = {site: torch.tensor(values) for site, values in compared["draws"].items()}
+        draws[name] = {site: torch.tensor(values, dtype=torch.double) for site, values in compared["draws"].items()}
     row["draws_difference"] = max(
         ((values - draws["uncaptured"][site]).abs() / values.std(0)).max().item()
         for site, values in draws["captured"].items()
