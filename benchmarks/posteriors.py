@@ -79,14 +79,14 @@ def sivism(loss: Callable) -> Method:
     return fit
 
 
-def svi(make_guide: Callable[[Callable], AutoGuide]) -> Method:
+def svi(make_guide: Callable[[Callable], AutoGuide], num_steps: int = NUM_SVI_STEPS) -> Method:
     """``SVI`` with an autoguide, 3,000 steps of Adam at 1e-2 decayed to 1e-3."""
 
     def fit(model: Callable, args: tuple) -> tuple[Callable[[], Draws], dict[str, Any]]:
         guide = make_guide(model)
-        optim = pyro.optim.ClippedAdam({"lr": 1e-2, "lrd": 0.1 ** (1 / NUM_SVI_STEPS)})
+        optim = pyro.optim.ClippedAdam({"lr": 1e-2, "lrd": 0.1 ** (1 / num_steps)})
         inference = SVI(model, guide, optim, Trace_ELBO())
-        for _ in range(NUM_SVI_STEPS):
+        for _ in range(num_steps):
             inference.step(*args)
 
         def draw() -> Draws:
@@ -95,7 +95,7 @@ def svi(make_guide: Callable[[Callable], AutoGuide]) -> Method:
             shapes = {name: guide.prototype_trace.nodes[name]["value"].shape for name in sites}
             return {name: draws[name].reshape(NUM_DRAWS, *shape) for name, shape in shapes.items()}
 
-        return draw, {"steps": NUM_SVI_STEPS, "evaluations": NUM_SVI_STEPS}
+        return draw, {"steps": num_steps, "evaluations": num_steps}
 
     return fit
 

@@ -33,9 +33,10 @@ def versions() -> dict[str, str]:
     }
 
 
-def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """Write the settings, the versions and one row for each measurement to ``args.out`` as JSON."""
+def write(args: argparse.Namespace, rows: list[dict[str, Any]], *, quiet: bool = False) -> None:
+    """Write the settings, the versions and one row for each measurement to ``args.out`` as JSON, and say so."""
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps({"versions": versions(), "settings": settings, "rows": rows}, indent=2) + "\n")
-    print(f"wrote {args.out}")
+    if not quiet:
+        print(f"wrote {args.out}")

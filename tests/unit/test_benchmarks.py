@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -130,3 +131,29 @@ def test_digits_compares_with_a_reference(load, tmp_path):
     (covariates, labels), (test_covariates, test_labels) = digits.split(0)
     assert (len(labels), len(test_labels)) == (1347, 450)
     assert not torch.isin(covariates.sum(-1), test_covariates.sum(-1)).all()
+
+
+def test_time_to_accuracy_counts_everything_and_errs_like_the_other_benchmarks(load, tmp_path):
+    benchmark = load("time_to_accuracy")
+    point = {"posterior": "dirichlet_multinomial", "method": "SIVISM", "budget": 3, "seed": 0, "folder": None}
+    started = time.time() - 100.0
+    row = benchmark.measure(point | {"references": str(tmp_path), "patience": 1.0, "started": started})
+    assert row["seconds"] > 100.0
+    assert row["sw1"] < 2 * row["sw1_floor"]  # the Gaussian is near it
+
+
+def test_time_to_accuracy_compares_medians_with_nuts(load, tmp_path, capsys):
+    benchmark = load("time_to_accuracy")
+
+    def row(method, budget, seconds, sw1, **more):
+        fit = {"posterior": "p", "method": method, "budget": budget, "seconds": seconds}
+        return fit | {"sw1": sw1, "sw1_floor": 0.5, "timed_out": False} | more
+
+    rows = [row("SIVISM", None, seconds, 0.4) for seconds in (1.0, 2.0, 9.0)]
+    rows += [row("SIVISM", 300, 1.0, 0.6), row("NUTS", 1000, 50.0, 0.0, timed_out=True)]
+    benchmark.print_table(rows)
+    *_, line, mean = capsys.readouterr().out.splitlines()
+    assert line.split() == ["p", "2.0", "50.0", "25.0", "0.80", "nan"]
+    assert mean.split()[-1] == "25.0"
+    benchmark.plot(rows, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 0
