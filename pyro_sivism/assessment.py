@@ -114,8 +114,8 @@ def gather_evidence(
     target: Target | AnchoredTarget, affine: AffineMap, family: SemiImplicit, objective: Objective, num_steps: int
 ) -> Evidence:
     """How far q is from the posterior after ``num_steps`` steps; infinitely far where the target is not finite at most
-    draws. The arguments are those of :func:`assess`, of whose instruments it uses those that look at moments, on half as
-    many chains.
+    draws. The arguments are those of :func:`assess`, of whose instruments it uses those that look at moments, on half
+    as many chains.
     """
     sample = family.rsample(_NUM_DRAWS)
     x = affine.forward(sample.x)
