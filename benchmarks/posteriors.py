@@ -79,10 +79,11 @@ def sivism(loss: Callable) -> Method:
     return fit
 
 
-def svi(make_guide: Callable[[Callable], AutoGuide], num_steps: int = NUM_SVI_STEPS) -> Method:
-    """``SVI`` with an autoguide, 3,000 steps of Adam at 1e-2 decayed to 1e-3."""
+def svi(make_guide: Callable[[Callable], AutoGuide], budget: int | None = None) -> Method:
+    """``SVI`` with an autoguide, 3,000 steps of Adam at 1e-2 decayed to 1e-3, or another number of them."""
 
     def fit(model: Callable, args: tuple) -> tuple[Callable[[], Draws], dict[str, Any]]:
+        num_steps = NUM_SVI_STEPS if budget is None else budget
         guide = make_guide(model)
         optim = pyro.optim.ClippedAdam({"lr": 1e-2, "lrd": 0.1 ** (1 / num_steps)})
         inference = SVI(model, guide, optim, Trace_ELBO())

@@ -51,7 +51,7 @@ def fit(case: Any, method: str, budget: int | None, patience: float) -> dict[str
         return sivism.sample(NUM_DRAWS)
     if method != "NUTS":
         guide = getattr(posteriors, method)
-        draw, _ = posteriors.svi(guide, num_steps=budget)(case.model, case.args)
+        draw, _ = posteriors.svi(guide, budget)(case.model, case.args)
         return {site: value[:NUM_DRAWS] for site, value in draw().items()}
     started = time.perf_counter()
 
