@@ -9,7 +9,8 @@ fresh draws and the scores there, never by the losses of the steps, and the run 
 - has *stalled*: both are tolerable, and the last cycle, half of all steps, made neither smaller by a tenth; or
 - has had as many steps as the recipe allows.
 
-The best q is the one that is kept. Where the Gaussian that q starts from is the posterior already, no step is taken.
+The last q is kept, unless one before was clearly better. Where the Gaussian that q starts from is the posterior already,
+no step is taken.
 """
 
 from __future__ import annotations
@@ -41,11 +42,6 @@ class Evidence:
     moment_error: float
     divergence: float
 
-    def is_better_than(self, other: Evidence) -> bool:
-        """By the moments, as far as their errors matter; by the divergence where they are alike."""
-        own, others = max(self.moment_error, _SMALL_MOMENT_ERROR), max(other.moment_error, _SMALL_MOMENT_ERROR)
-        return own < others if own != others else self.divergence < other.divergence
-
 
 class StoppingRule:
     """The lengths of a run's cycles, from the evidence after each.
@@ -75,7 +71,7 @@ class StoppingRule:
 
     @property
     def last_is_best(self) -> bool:
-        """Whether the q of the last evidence is the best so far."""
+        """Whether the q of the last evidence is the one to keep so far: unless one before was clearly better."""
         return self._best is self._last
 
     def next_cycle(self, evidence: Evidence, *, is_moving: bool = False) -> int:
@@ -91,12 +87,22 @@ class StoppingRule:
         else:
             is_enough = _is_within(evidence, self._small_divergence) or self._has_stalled(evidence)
             length = 0 if is_enough and not is_moving else self._num_steps
-        if is_moving or self._best is None or evidence.is_better_than(self._best):
+        if is_moving or self._best is None or not self._is_clearly_worse(evidence, self._best):
             self._best = evidence
         self._last = evidence
         length = min(length, self.max_steps - self._num_steps)
         self._num_steps += length
         return length
+
+    def _is_clearly_worse(self, evidence: Evidence, best: Evidence) -> bool:
+        """By more than separates one good q from the next.
+
+        In a hundred dimensions the largest error of a moment is known to about .1, and the divergence from a posterior
+        with thin tails doubles and halves.
+        """
+        moment_error = max(best.moment_error, _TOLERABLE * _SMALL_MOMENT_ERROR)
+        divergence = max(best.divergence, _TOLERABLE * self._small_divergence)
+        return evidence.moment_error > 1.5 * moment_error or evidence.divergence > 3.0 * divergence
 
     def _has_stalled(self, evidence: Evidence) -> bool:
         """The first cycle may well end with larger errors than the Gaussian's, which the next ones make good."""
