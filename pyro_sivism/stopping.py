@@ -9,8 +9,8 @@ fresh draws and the scores there, never by the losses of the steps, and the run 
 - has *stalled*: both are tolerable, and the last cycle, half of all steps, made neither smaller by a tenth; or
 - has had as many steps as the recipe allows.
 
-The last q is kept, unless one before was clearly better. Where the Gaussian that q starts from is the posterior already,
-no step is taken.
+The last q is kept, unless one before was clearly better. Where the Gaussian that q starts from is the posterior
+already, no step is taken.
 """
 
 from __future__ import annotations
