@@ -382,7 +382,8 @@ class SIVISM:
 
         Args:
             num_steps: if None as many as it takes until q has settled, at most 2,400 (4,800 beyond 32 dimensions);
-                none where the Gaussian that q starts from is the posterior; see :mod:`pyro_sivism.stopping`.
+                none where the Gaussian that q starts from is the posterior; the most where random minibatches leave
+                scores noisy; see :mod:`pyro_sivism.stopping`.
             progress_bar: show the loss and steps per second.
             callbacks: each called as ``callback(sivism, info)`` after each step; a true result ends the run.
                 :class:`Checkpoint` is one.
@@ -460,13 +461,15 @@ class SIVISM:
         self, training: Training, take_steps: Callable[[int], bool], evidence: list[Evidence], bar: Any
     ) -> bool:
         """Cycles until the evidence says that it is enough; the best q is kept. Whether they were cut short."""
+        # In the noise of random minibatches no error is sure, which is no evidence that there is none.
+        is_noisy = self.target.is_subsampled and self._anchored is None
         # A q that is not the Gaussian's, or parameters of the model to be learned, want a cycle in any case.
-        goes_on = training.num_steps > 0 or self._gaussian_fit is None or bool(self.target.params())
+        goes_on = is_noisy or training.num_steps > 0 or self._gaussian_fit is None or bool(self.target.params())
         rule = StoppingRule(self.target.dim, training.recipe.max_steps, goes_on=goes_on)
         while True:
             found = self._gather_evidence(training)
             evidence.append(found)
-            length = rule.next_cycle(found, is_moving=bool(training.drifting_model_params()))
+            length = rule.next_cycle(found, is_moving=is_noisy or bool(training.drifting_model_params()))
             if rule.last_is_best:
                 best = training.snapshot()
             if self._together(self.ranks.any, length == 0):

@@ -79,7 +79,8 @@ class StoppingRule:
 
         Args:
             evidence: before the first cycle, then after each.
-            is_moving: whether the posterior itself is still changing, as the model's own parameters are learned.
+            is_moving: whether the posterior itself is still changing, as the model's own parameters are learned, or
+                scores are too noisy to say that anything is enough.
         """
         if self._last is None:
             is_enough = not self._goes_on and _is_within(evidence, _MATCHED_DIVERGENCE)

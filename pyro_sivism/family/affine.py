@@ -69,7 +69,8 @@ class AffineMap(NamedTuple):
         return 0 if self.directions is None else self.directions.shape[1]
 
     def to(self, dtype: torch.dtype, device: torch.device | None = None) -> AffineMap:
-        return AffineMap(*(None if part is None else part.to(device, dtype) for part in self))  # type: ignore[arg-type]
+        parts = (None if part is None else part.to(device, dtype) for part in self)
+        return AffineMap(*parts)  # type: ignore[arg-type]  # loc, the first, is never None
 
     def forward(self, y: Tensor) -> Tensor:
         """Whitened ``y (*batch, D)`` -> ``x``."""

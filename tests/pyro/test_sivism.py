@@ -710,6 +710,21 @@ def test_the_best_q_of_a_run_is_the_one_that_is_kept(monkeypatch):
 
 
 @pytest.mark.usefixtures("small_recipe")
+def test_noise_of_minibatches_is_no_evidence_of_a_right_fit(monkeypatch):
+    """With latents inside the plate there is no control variate, and no error is sure."""
+
+    def model():
+        with pyro.plate("n", 6, subsample_size=3):
+            pyro.sample("t", dist.Normal(0.0, 1.0))
+
+    monkeypatch.setattr("pyro_sivism.sivism.gather_evidence", lambda *args: Evidence(args[-1], 0.0, 0.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FitWarning)  # tiny networks
+        fit = quick(model, 6).run(None, progress_bar=False)
+    assert fit.num_steps == 400
+
+
+@pytest.mark.usefixtures("small_recipe")
 def test_a_run_without_a_length_goes_on_while_the_model_is_learned(monkeypatch):
     def model(y):
         center = pyro.param("center", torch.tensor(0.0))
