@@ -55,61 +55,64 @@ class Conditional(nn.Module):
         return []
 
 
-class _GaussianMean(nn.Module):
-    """``mu(z) = W z + net(z)``: a linear skip plus an MLP that starts at zero.
+class _LocScale(nn.Module):
+    """``mu(z) = W z + b + a(z)`` and ``sigma(z)``, the sigmoid of ``l + c(z)`` between ``min_scale`` and ``max_scale``.
 
-    ``W`` starts as ``gain`` times the first ``min(D, M)`` rows of the identity, so that the first draws are
-    Gaussian: coordinate i has variance ``gain^2`` from the skip if i < M and 0 otherwise.
-    """
+    ``a``, and ``c`` where the scale depends on z, are the outputs of one MLP that starts at zero: features of z that
+    bend the mean are those that change the scale, and one network takes two thirds of the time of two. ``W`` starts as
+    ``sqrt(1 - init_scale^2)`` times the first ``min(D, M)`` rows of the identity, and sigma as ``init_scale``, or 1 for
+    a coordinate without a mixing variable of its own, i >= M: the first q(x) is the standard normal.
 
-    def __init__(self, dim: int, mixing_dim: int, hidden_dims: Sequence[int], gain: float) -> None:
-        super().__init__()
-        self.skip = nn.Linear(mixing_dim, dim)
-        self.net = MLP(mixing_dim, dim, hidden_dims, zero_last=True) if hidden_dims else None
-        with torch.no_grad():
-            self.skip.weight.copy_(gain * torch.eye(dim, mixing_dim))
-            self.skip.bias.zero_()
-
-    def forward(self, z: Tensor) -> Tensor:
-        return self.skip(z) if self.net is None else self.skip(z) + self.net(z)
-
-    def input_parameters(self) -> list[nn.Parameter]:
-        return [*self.skip.parameters(), *(self.net.input_parameters() if self.net is not None else [])]
-
-
-class _BoundedScale(nn.Module):
-    """``sigma(z)`` between ``min_scale`` and ``max_scale`` by a sigmoid; constant if ``hidden_dims`` is None.
-
-    The ceiling only applies to the first ``mixing_dim`` coordinates; one without its own mixing variable starts with
-    scale 1 and may need up to 1.6.
+    The ceiling only applies to the first M coordinates; one that starts with scale 1 may need up to 1.6.
     """
 
     low: Tensor
     high: Tensor
 
     def __init__(
-        self, init: Tensor, mixing_dim: int, hidden_dims: Sequence[int] | None, min_scale: float, max_scale: float
+        self,
+        dim: int,
+        mixing_dim: int,
+        hidden_dims: Sequence[int],
+        *,
+        scale_depends_on_z: bool,
+        init_scale: float,
+        min_scale: float,
+        max_scale: float,
     ) -> None:
         super().__init__()
-        if not 0 <= min_scale < float(init.min()) <= float(init[:mixing_dim].max()) < max_scale:
+        if not 0 < init_scale < 1:
+            raise ArgumentError(f"expected 0 < init_scale < 1 (in whitened units), got {init_scale}")
+        if not 0 <= min_scale < init_scale < max_scale:
             raise ArgumentError(
-                f"expected 0 <= min_scale < init_scale < max_scale, got {min_scale}, {init.min().item():.3g} and "
-                f"{max_scale}"
+                f"expected 0 <= min_scale < init_scale < max_scale, got {min_scale}, {init_scale} and {max_scale}"
             )
-        low, high = torch.full_like(init, min_scale), torch.full_like(init, max_scale)
-        high[mixing_dim:] = max(max_scale, 1.6)
+        self.skip = nn.Linear(mixing_dim, dim)
+        with torch.no_grad():
+            self.skip.weight.copy_(math.sqrt(1.0 - init_scale**2) * torch.eye(dim, mixing_dim))
+            self.skip.bias.zero_()
+        init, low, high = (torch.full((dim,), value) for value in (init_scale, min_scale, max_scale))
+        init[mixing_dim:], high[mixing_dim:] = 1.0, max(max_scale, 1.6)
         self.register_buffer("low", low)
         self.register_buffer("high", high)
-        fraction = (init - low) / (high - low)
-        self.logit = nn.Parameter(torch.logit(fraction))
-        self.net = None if hidden_dims is None else MLP(mixing_dim, len(init), hidden_dims, zero_last=True)
+        self.logit = nn.Parameter(torch.logit((init - low) / (high - low)))
+        self.scale_depends_on_z = scale_depends_on_z and len(hidden_dims) > 0
+        num_outputs = 2 * dim if self.scale_depends_on_z else dim
+        self.net = MLP(mixing_dim, num_outputs, hidden_dims, zero_last=True) if hidden_dims else None
 
-    def forward(self, z: Tensor) -> Tensor:
-        logit = self.logit if self.net is None else self.logit + self.net(z)
-        return (self.low + (self.high - self.low) * torch.sigmoid(logit)).expand(z.shape[:-1] + self.low.shape)
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """``z (*batch, M)`` -> mu ``(*batch, D)`` and sigma, ``(*batch, D)`` or (D,) where it is constant."""
+        loc, logit = self.skip(z), self.logit
+        if self.net is not None:
+            bend = self.net(z)
+            if self.scale_depends_on_z:
+                bend, change = bend.chunk(2, -1)
+                logit = logit + change
+            loc = loc + bend
+        return loc, self.low + (self.high - self.low) * torch.sigmoid(logit)
 
     def input_parameters(self) -> list[nn.Parameter]:
-        return [] if self.net is None else self.net.input_parameters()
+        return [*self.skip.parameters(), *(self.net.input_parameters() if self.net is not None else [])]
 
 
 class DiagonalNormal(Conditional):
@@ -122,7 +125,7 @@ class DiagonalNormal(Conditional):
     Args:
         dim: D.
         mixing_dim: M, the length of z.
-        hidden_dims: widths of the MLPs; empty for a linear mixing map, whose q(x) is Gaussian.
+        hidden_dims: widths of the MLP; empty for a linear mixing map and a constant scale, whose q(x) is Gaussian.
         scale_depends_on_z: learn ``sigma(z)`` rather than one constant scale per coordinate.
         init_scale: first conditional sd, below 1.
         min_scale, max_scale: the floor and the ceiling of the conditional sd. The floor bounds the
@@ -150,22 +153,26 @@ class DiagonalNormal(Conditional):
         max_scale: float = 1.2,
     ) -> None:
         super().__init__(dim, mixing_dim)
-        gain = _skip_gain(init_scale)
-        self.loc = _GaussianMean(dim, mixing_dim, hidden_dims, gain)
-        init = torch.ones(dim)
-        init[:mixing_dim] = init_scale
-        self.scale = _BoundedScale(init, mixing_dim, hidden_dims if scale_depends_on_z else None, min_scale, max_scale)
+        self.loc_scale = _LocScale(
+            dim,
+            mixing_dim,
+            hidden_dims,
+            scale_depends_on_z=scale_depends_on_z,
+            init_scale=init_scale,
+            min_scale=min_scale,
+            max_scale=max_scale,
+        )
 
     def forward(self, z: Tensor) -> Distribution:
-        return Independent(Normal(self.loc(z), self.scale(z), validate_args=False), 1, validate_args=False)
+        return Independent(Normal(*self.loc_scale(z), validate_args=False), 1, validate_args=False)
 
     def rsample_with_score(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        loc, scale = self.loc(z), self.scale(z)
+        loc, scale = self.loc_scale(z)
         noise = torch.randn_like(loc)
         return loc + scale * noise, -noise / scale
 
     def input_parameters(self) -> list[nn.Parameter]:
-        return [*self.loc.input_parameters(), *self.scale.input_parameters()]
+        return self.loc_scale.input_parameters()
 
 
 class LowRankNormal(Conditional):
@@ -200,20 +207,23 @@ class LowRankNormal(Conditional):
         super().__init__(dim, mixing_dim)
         if rank < 1:
             raise ArgumentError(f"expected a rank of at least 1, got {rank}")
-        gain = _skip_gain(init_scale)
-        self.loc = _GaussianMean(dim, mixing_dim, hidden_dims, gain)
-        init = torch.ones(dim)
-        init[:mixing_dim] = init_scale
-        self.scale = _BoundedScale(init, mixing_dim, None, min_scale, max_scale)
+        self.loc_scale = _LocScale(
+            dim,
+            mixing_dim,
+            hidden_dims,
+            scale_depends_on_z=False,
+            init_scale=init_scale,
+            min_scale=min_scale,
+            max_scale=max_scale,
+        )
         self.factor = nn.Parameter(1e-2 * torch.randn(dim, rank))
 
     def forward(self, z: Tensor) -> Distribution:
-        # Without batch dims of its own, C is factorized once for all z.
-        variance = self.scale(z.new_zeros(self.mixing_dim)).square()
-        return LowRankMultivariateNormal(self.loc(z), self.factor, variance, validate_args=False)
+        loc, scale = self.loc_scale(z)  # the scale has no batch dims, so that C is factorized once for all z
+        return LowRankMultivariateNormal(loc, self.factor, scale.square(), validate_args=False)
 
     def rsample_with_score(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        loc, scale = self.loc(z), self.scale(z.new_zeros(self.mixing_dim))
+        loc, scale = self.loc_scale(z)
         noise = torch.randn_like(loc)
         factor_noise = torch.randn(loc.shape[:-1] + self.factor.shape[-1:], dtype=loc.dtype, device=loc.device)
         deviation = scale * noise + factor_noise @ self.factor.mT
@@ -228,11 +238,4 @@ class LowRankNormal(Conditional):
         return loc + deviation, -precision_deviation
 
     def input_parameters(self) -> list[nn.Parameter]:
-        return self.loc.input_parameters()
-
-
-def _skip_gain(init_scale: float) -> float:
-    """The gain of the linear skip that makes ``gain^2 + init_scale^2 = 1``."""
-    if not 0 < init_scale < 1:
-        raise ArgumentError(f"expected 0 < init_scale < 1 (in whitened units), got {init_scale}")
-    return math.sqrt(1.0 - init_scale**2)
+        return self.loc_scale.input_parameters()

@@ -103,8 +103,8 @@ def test_elbo_of_a_prior_is_never_above_its_evidence(float64):
     with torch.no_grad():  # q(x|z) = N(z, 0.3^2): far narrower than q
         guide.loc.zero_()
         guide.scale_tril.fill_(1.0)
-        guide.family.conditional.loc.skip.weight.fill_(0.954)
-        guide.family.conditional.scale.logit.fill_(math.log(0.2 / 1.0))
+        guide.family.conditional.loc_scale.skip.weight.fill_(0.954)
+        guide.family.conditional.loc_scale.logit.fill_(math.log(0.2 / 1.0))
     elbo, standard_error = batch_means(model, guide)
     assert elbo < K * standard_error
     assert elbo > -0.2  # q is nearly the prior, and 64 mixing draws bound its density well
@@ -122,7 +122,7 @@ def test_importance_weights_average_to_the_evidence(num_mixing, float64):
 
     guide = shuffled(SemiImplicitGuide(model, num_mixing=num_mixing), by=0.1)
     with torch.no_grad():  # q(x|z) wider than the prior, so that the weights have a finite variance even for K = 1
-        guide.family.conditional.scale.logit.fill_(0.0)
+        guide.family.conditional.loc_scale.logit.fill_(2.0)
         guide.scale_tril.fill_(2.2)
     evidence, standard_error = batch_means(model, guide, transform=torch.exp)
     assert abs(evidence - 3.0) < K * standard_error
@@ -487,8 +487,11 @@ def test_conditional_by_class_or_factory(conditional, kind):
     made = guide.family.conditional
     assert isinstance(made, kind)
     assert (made.dim, made.mixing_dim) == (guide.latent_dim, 2)
-    widths = [m.out_features for m in made.loc.net if isinstance(m, nn.Linear)]
-    assert widths == [5, guide.latent_dim]
+    widths = [m.out_features for m in made.loc_scale.net if isinstance(m, nn.Linear)]
+    num_outputs = (
+        2 * guide.latent_dim if kind is DiagonalNormal and made.loc_scale.scale_depends_on_z else guide.latent_dim
+    )
+    assert widths == [5, num_outputs]
     assert shapes(guide()) == SHAPES
 
 

@@ -71,10 +71,11 @@ class GaussianQ:
     @classmethod
     def of(cls, family: SemiImplicit) -> GaussianQ:
         conditional = family.conditional
-        if not isinstance(conditional, (DiagonalNormal, LowRankNormal)) or conditional.loc.net is not None:
+        if not isinstance(conditional, (DiagonalNormal, LowRankNormal)) or conditional.loc_scale.net is not None:
             raise TypeError(f"only a linear mixing map has a Gaussian marginal, got {conditional}")
-        weight, bias = conditional.loc.skip.weight, conditional.loc.skip.bias
-        scale = conditional.scale(weight.new_zeros(conditional.mixing_dim))
+        skip = conditional.loc_scale.skip
+        weight, bias = skip.weight, skip.bias
+        _, scale = conditional.loc_scale(weight.new_zeros(conditional.mixing_dim))
         covariance = weight @ weight.mT + scale.square().diag()
         if isinstance(conditional, LowRankNormal):
             covariance = covariance + conditional.factor @ conditional.factor.mT
@@ -118,14 +119,14 @@ def parameter_gradients(family: SemiImplicit, loc_gradient: Tensor, covariance_g
     """
     conditional = family.conditional
     with torch.no_grad():
-        scale = conditional.scale
+        scale = conditional.loc_scale
         fraction = torch.sigmoid(scale.logit)
         sigma = scale.low + (scale.high - scale.low) * fraction
         slope = (scale.high - scale.low) * fraction * (1.0 - fraction)
         gradients = {
-            "conditional.loc.skip.weight": 2.0 * covariance_gradient @ conditional.loc.skip.weight,
-            "conditional.loc.skip.bias": loc_gradient,
-            "conditional.scale.logit": 2.0 * sigma * covariance_gradient.diagonal() * slope,
+            "conditional.loc_scale.skip.weight": 2.0 * covariance_gradient @ conditional.loc_scale.skip.weight,
+            "conditional.loc_scale.skip.bias": loc_gradient,
+            "conditional.loc_scale.logit": 2.0 * sigma * covariance_gradient.diagonal() * slope,
         }
         if isinstance(conditional, LowRankNormal):
             gradients["conditional.factor"] = 2.0 * covariance_gradient @ conditional.factor

@@ -51,7 +51,7 @@ def test_own_draw_alone_gives_log_q_given_z():
     family = linear_family("low_rank")
     conditional = family.conditional
     with torch.no_grad():
-        scale = conditional.scale(torch.zeros(family.mixing_dim))
+        _, scale = conditional.loc_scale(torch.zeros(family.mixing_dim))
         covariance = scale.square().diag() + conditional.factor @ conditional.factor.T
         sample = family.rsample(20_000)
         got = family.log_prob_estimate(sample.x, 1, sample.z).value

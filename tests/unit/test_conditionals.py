@@ -24,10 +24,11 @@ def test_first_marginal_is_the_standard_normal(mixing_dim, init_scale, scale_dep
     settings = {"init_scale": init_scale, "min_scale": 0.1, "scale_depends_on_z": scale_depends_on_z}
     conditional = DiagonalNormal(dim, mixing_dim, (8,), **settings)
     z = 3 * torch.randn(50, mixing_dim)
-    weight = conditional.loc.skip.weight
+    weight = conditional.loc_scale.skip.weight
     with torch.no_grad():
-        torch.testing.assert_close(conditional.loc(z), z @ weight.T, rtol=0, atol=0)
-        scale = conditional.scale(z)
+        loc, scale = conditional.loc_scale(z)
+        torch.testing.assert_close(loc, z @ weight.T, rtol=0, atol=0)
+        scale = scale.expand_as(loc)
         torch.testing.assert_close(scale, scale[:1].expand_as(scale), rtol=0, atol=0)
         torch.testing.assert_close(weight @ weight.T + scale[0].square().diag(), torch.eye(dim))
 
@@ -35,7 +36,7 @@ def test_first_marginal_is_the_standard_normal(mixing_dim, init_scale, scale_dep
 def test_first_marginal_of_low_rank_is_near_the_standard_normal():
     conditional = LowRankNormal(4, 3, (8,), rank=2)
     with torch.no_grad():
-        weight, scale = conditional.loc.skip.weight, conditional.scale(torch.zeros(3))
+        weight, (_, scale) = conditional.loc_scale.skip.weight, conditional.loc_scale(torch.zeros(3))
         torch.testing.assert_close(weight @ weight.T + scale.square().diag(), torch.eye(4))
         assert (conditional.factor @ conditional.factor.T).abs().max() < 2 * 36 * 1e-4  # F of sd .01, 6 sd out
         assert conditional.factor.abs().min() > 0  # F = 0 would be a point without gradient
@@ -47,10 +48,10 @@ def test_floor_and_ceiling_hold(logit, depends_on_z):
     conditional = DiagonalNormal(3, 2, (4,), scale_depends_on_z=depends_on_z, min_scale=0.3, max_scale=1.2)
     z = 100 * torch.randn(20, 2)
     with torch.no_grad():
-        conditional.scale.logit.add_(logit)
+        conditional.loc_scale.logit.add_(logit)
         if depends_on_z:
-            nn.init.normal_(conditional.scale.net[-1].weight, std=10.0)
-        scale = conditional.scale(z)
+            nn.init.normal_(conditional.loc_scale.net[-1].weight, std=10.0)
+        scale = conditional.loc_scale(z)[1].expand(20, 3)
     assert scale.min() >= 0.3
     assert scale[:, :2].max() <= 1.2
     assert scale[:, 2].max() <= 1.6  # no z reaches it: it starts at 1 and may grow
@@ -63,9 +64,10 @@ def test_scale_is_constant_or_follows_z():
     z = torch.randn(20, 2)
     constant = DiagonalNormal(2, 2, (4,), scale_depends_on_z=False)
     varying = DiagonalNormal(2, 2, (4,), scale_depends_on_z=True)
-    nn.init.normal_(varying.scale.net[-1].weight)
-    assert constant.scale(z).std(0).max() == 0
-    assert varying.scale(z).std(0).min() > 0
+    for conditional in (constant, varying):
+        nn.init.normal_(conditional.loc_scale.net[-1].weight)
+    assert constant.loc_scale(z)[1].shape == (2,)
+    assert varying.loc_scale(z)[1].std(0).min() > 0
 
 
 @pytest.mark.parametrize("rank", [1, 3, 7])
@@ -76,9 +78,10 @@ def test_low_rank_score_agrees_with_the_dense_covariance(rank):
     nn.init.normal_(conditional.factor)
     z = torch.randn(10, 2)
     x, score = conditional.rsample_with_score(z)
-    covariance = conditional.scale(z)[0].square().diag() + conditional.factor @ conditional.factor.T
-    torch.testing.assert_close(score, -torch.linalg.solve(covariance, (x - conditional.loc(z)).T).T)
-    dense = MultivariateNormal(conditional.loc(z), covariance)
+    loc, scale = conditional.loc_scale(z)
+    covariance = scale.square().diag() + conditional.factor @ conditional.factor.T
+    torch.testing.assert_close(score, -torch.linalg.solve(covariance, (x - loc).T).T)
+    dense = MultivariateNormal(loc, covariance)
     torch.testing.assert_close(conditional(z).log_prob(x), dense.log_prob(x))
 
 
@@ -87,7 +90,8 @@ def test_low_rank_draws_have_their_covariance():
     nn.init.normal_(conditional.factor)
     n = 200_000
     with torch.no_grad():
-        covariance = conditional.scale(torch.zeros(2)).square().diag() + conditional.factor @ conditional.factor.T
+        _, scale = conditional.loc_scale(torch.zeros(2))
+        covariance = scale.square().diag() + conditional.factor @ conditional.factor.T
         x, _ = conditional.rsample_with_score(torch.zeros(n, 2))
     whitened = torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), x.T, upper=False)
     # se sqrt(2/n) on the diagonal; 6 of them fail once in 10^8 fresh seeds
@@ -97,7 +101,7 @@ def test_low_rank_draws_have_their_covariance():
 def test_input_parameters_are_those_that_read_z():
     conditional = DiagonalNormal(3, 2, (4, 4))
     names = {id(p): name for name, p in conditional.named_parameters()}
-    first_layers = ("loc.skip", "loc.net.0", "scale.net.0")
+    first_layers = ("loc_scale.skip", "loc_scale.net.0")
     want = {f"{layer}.{kind}" for layer in first_layers for kind in ("weight", "bias")}
     assert {names[id(p)] for p in conditional.input_parameters()} == want
     assert len(LowRankNormal(3, 2, ()).input_parameters()) == 2
@@ -180,7 +184,6 @@ def test_normal_conditional_score_is_minus_noise_over_scale():
     conditional = DiagonalNormal(3, 2, (4,))
     z = torch.randn(6, 2)
     x, score = conditional.rsample_with_score(z)
-    torch.testing.assert_close(score, (conditional.loc(z) - x) / conditional.scale(z).square())
-    torch.testing.assert_close(
-        conditional(z).log_prob(x), Normal(conditional.loc(z), conditional.scale(z)).log_prob(x).sum(-1)
-    )
+    loc, scale = conditional.loc_scale(z)
+    torch.testing.assert_close(score, (loc - x) / scale.square())
+    torch.testing.assert_close(conditional(z).log_prob(x), Normal(loc, scale).log_prob(x).sum(-1))
