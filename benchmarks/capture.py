@@ -18,9 +18,10 @@ that cannot run a model has a dash, and its reason is in the JSON. Medians hide 
 intervals; the means, which do not, are in the JSON too.
 
 With ``--posteriors`` what is measured is a fit, ``run(--steps)`` on each of the posteriors in ``DIR`` (whose form
-``posteriors.py`` states), in CPU seconds with everything from the model to the verdict in them, capture included; and
-the largest difference between the draws of the two fits of ``--compared-steps`` steps from one seed in float64, in
-posterior sds. Each fit has a process of its own. The last line is the geometric mean of the ratios.
+``posteriors.py`` states), in the default float32 and in CPU seconds with everything from the model to the verdict in
+them, capture included; and the largest difference between the draws of two shorter fits, of ``--compared-steps`` steps
+from one seed in float64, where roundings do not grow into differences, in posterior sds. Each fit has a process of its
+own. The last line is the geometric mean of the ratios.
 """
 
 from __future__ import annotations
@@ -159,7 +160,7 @@ def _calls(scores: dict[str, Score], points: Tensor) -> dict[str, Callable[[], T
 
 def fit(point: dict[str, Any]) -> dict[str, Any]:
     """Fit one posterior in this process: the CPU seconds, and draws as nested lists where ``point`` asks for them."""
-    torch.set_default_dtype(torch.float64)
+    torch.set_default_dtype(getattr(torch, point["dtype"]))
     sys.path.insert(0, point["posteriors"])
     model, data, _ = importlib.import_module("models").load(point["posterior"])
     pyro.set_rng_seed(point["seed"])
@@ -169,7 +170,7 @@ def fit(point: dict[str, Any]) -> dict[str, Any]:
         warnings.simplefilter("ignore")  # a short fit is no good one
         inference.run(point["steps"], data, progress_bar=False)
     row: dict[str, Any] = {"seconds": time.process_time() - started, "path": inference.target.path.name}
-    if point["num_draws"]:
+    if "num_draws" in point:
         pyro.set_rng_seed(point["seed"])
         draws = inference.sample(point["num_draws"])
         row["draws"] = {name: values.tolist() for name, values in draws.items()}
@@ -182,8 +183,11 @@ def compare_fits(posterior: str, args: argparse.Namespace) -> dict[str, Any]:
     row: dict[str, Any] = {"posterior": posterior, "steps": args.steps, "compared_steps": args.compared_steps}
     draws = {}
     for name, capture in (("captured", True), ("uncaptured", False)):
-        timed = run_fresh(__file__, point | {"capture": capture, "steps": args.steps, "num_draws": 0})
-        compared = run_fresh(__file__, point | {"capture": capture, "steps": args.compared_steps, "num_draws": 500})
+        timed = run_fresh(__file__, point | {"capture": capture, "steps": args.steps, "dtype": "float32"})
+        compared = run_fresh(
+            __file__,
+            point | {"capture": capture, "steps": args.compared_steps, "dtype": "float64", "num_draws": 500},
+        )
         for part in (timed, compared):
             if "error" in part:
                 return row | {"error": f"{name}: {part['error']}"}
