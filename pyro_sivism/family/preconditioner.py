@@ -2,11 +2,14 @@
 
 1. **Quasi-Newton paths** climb log p from several starts. Where a path starts the curvature is measured, up to
    D = 256, so that coordinates move in their own units from the first step on: with one step size for all, the scale of
-   a hierarchy on raw units collapses before its groups have come near their data. Where a path ends it is measured
-   anew, and the climb goes on from there as long as that helps: optima many sds away are found. Every point of a
-   path comes with an estimate H of the inverse Hessian, hence with a Gaussian ``N(x + H score(x), H)``.
-2. **The best of them by ELBO**, as Pathfinder does (Zhang, Carpenter, Gelman, Vehtari, JMLR 2022): the mode
-   of a funnel makes a poor Gaussian, points on the way to it make better ones.
+   a hierarchy on raw units collapses before its groups have come near their data. It is measured anew after 4 steps,
+   8 more, 16 more and so on, as long as the climb gains by it: optima many sds away are found. Every point of a path
+   comes with an estimate H of the inverse Hessian, hence with a Gaussian ``N(x + H score(x), H)``, and each start of a
+   climb, where H is the measured one, with ``N(x, H)`` too.
+2. **The best of them by ELBO**, as Pathfinder does (Zhang, Carpenter, Gelman, Vehtari, JMLR 2022). Down the neck of a
+   funnel, as of a centered hierarchy, log p rises without bound and the ELBO falls. The neck is reached in some ten
+   steps, and where the curvature changes as fast, H lags behind and Newton's step overshoots: on the way it is
+   ``N(x, H)`` with a measured H whose ELBO tells how good a place is.
 3. **Batch and match** (Cai, Modi, Pillaud-Vivien, Margossian, Gower, Blei, Saul, ICML 2024): draws of the
    current Gaussian, their scores, and the closed-form Gaussian that balances matching those scores against
    staying near. With exact scores of a Gaussian target the target itself is the fixed point.
@@ -42,6 +45,7 @@ __all__ = ["BatchAndMatch", "FixedGaussian", "Preconditioner"]
 _MEMORY = 10
 # Beyond, BFGS costs more than it tells: a path is of limited memory, and only the best end is climbed on from.
 _MAX_BFGS_DIM = 256
+_FIRST_STEPS = 4
 _WORTHWHILE = 0.1
 _CLOSE = 0.4  # a discrepancy that the family mends; right Gaussians of real posteriors are at .05 to .45
 _WORTHWHILE_ROUND = 1.0  # nats of ELBO
@@ -127,7 +131,8 @@ class BatchAndMatch:
         num_steps: updates a round at most; by default ``max(100, 2 D)`` up to D = 256, then 100 with a dense covariance
             and 150 with a low-rank one.
         batch_size: draws per update, twice as many with a low-rank covariance.
-        max_path_steps: quasi-Newton steps per start, and half as many per further climb.
+        max_path_steps: quasi-Newton steps per climb at most. Up to D = 256 the first takes 4, each further one up to
+            twice as many as the one before.
         max_rounds: rounds at most. Another one, with long steps again, follows while the Gaussian is far off and was
             nearing: in a hundred dimensions one round of small batches may not come all the way.
         max_climbs: climbs per start, each from the end of the one before with its curvature measured anew.
@@ -220,37 +225,37 @@ class BatchAndMatch:
     def _climb(self, target: ScoredTarget, starts: Tensor, dense: bool) -> tuple[list[QuasiNewtonPaths], _Ends]:
         """Paths from the starts, and on from their ends with the curvature measured there, while that gains.
 
-        A path that has not come to its end twice running is left alone: its density may well have none.
+        Climbs are short at first, as the neck of a funnel is entered in a few steps, and candidates are needed before.
+        Beyond D = 256 the first is long and of limited memory, and only the best end is climbed on from.
         """
         is_large = target.dim > _MAX_BFGS_DIM
-        memory = _MEMORY if is_large or not dense else None
-        measures = dense and not is_large
-        inverse = _measured_inverse(target, starts, target(starts)[1]) if measures else None
-        climbs = [
-            quasi_newton_paths(
-                target, starts, self.max_path_steps, start_inverse=inverse, memory=memory, noise=target.noise
-            )
-        ]
-        ends = _Ends(climbs[0].ends, climbs[0].end_log_densities, climbs[0].end_scores)
+        ends = _Ends(starts.clone(), *target(starts))
         going = torch.arange(len(starts), device=starts.device)
-        if is_large:
-            going = ends.log_densities.argmax()[None]
-        unfinished = climbs[0].lengths[going] > self.max_path_steps
-        max_steps = max(1, self.max_path_steps // 2)  # Newton steps, at first: fewer do
-        while dense and len(climbs) < self.max_climbs and len(going) > 0:
+        max_steps = self.max_path_steps if is_large or not dense else min(_FIRST_STEPS, self.max_path_steps)
+        climbs: list[QuasiNewtonPaths] = []
+        while len(climbs) < (self.max_climbs if dense else 1) and len(going) > 0:
             x, log_density, score = (values[going] for values in ends)
-            inverse = _measured_inverse(target, x, score)
-            climb = quasi_newton_paths(target, x, max_steps, start_inverse=inverse, noise=target.noise)
+            measures = dense and not (is_large and not climbs)
+            climb = quasi_newton_paths(
+                target,
+                x,
+                max_steps,
+                start_inverse=_measured_inverse(target, x, score) if measures else None,
+                memory=None if measures else _MEMORY,
+                noise=target.noise,
+            )
             climbs.append(climb)
             ends.points[going], ends.log_densities[going], ends.scores[going] = (
                 climb.ends,
                 climb.end_log_densities,
                 climb.end_scores,
             )
-            gained = climb.end_log_densities - log_density > _WORTHWHILE + target.noise * log_density.abs()
-            stopped_short = climb.lengths > max_steps
-            keep = gained & ~(stopped_short & unfinished)
-            going, unfinished = going[keep], stopped_short[keep]
+            if measures:
+                gained = climb.end_log_densities - log_density > _WORTHWHILE + target.noise * log_density.abs()
+                going = going[gained]
+            else:
+                going = ends.log_densities.argmax()[None]
+            max_steps = min(2 * max_steps, self.max_path_steps)
         return climbs, ends
 
     def _best_by_elbo(

@@ -82,8 +82,14 @@ class QuasiNewtonPaths:
         return moved, self.scores[step, one] - self.scores[step + 1, one]
 
     def gaussians(self, per_path: int) -> Iterator[AffineMap]:
-        """Gaussians ``N(x + H score, H)`` at up to ``per_path`` points of each path, its end among them."""
+        """Gaussians ``N(x + H score, H)`` at up to ``per_path`` points of each path, its end among them.
+
+        And ``N(x, H)`` at its start, where Newton's step may go too far.
+        """
         for path, length in enumerate(self.lengths.tolist()):
+            at_start = self.start.select(path).gaussian(self.points[0, path], torch.zeros_like(self.scores[0, path]))
+            if at_start is not None:
+                yield at_start
             chosen = set(torch.linspace(length - 1, 0, min(per_path, length)).round().long().tolist())
             for step, h in enumerate(self.inverse_hessians(path)):
                 if step in chosen:

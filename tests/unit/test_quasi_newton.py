@@ -126,7 +126,8 @@ def test_path_ends_where_nothing_rises():
 def test_gaussians_of_a_path_are_newton_steps(memory):
     p = GaussianTarget(torch.randn(3), random_covariance(3))
     paths = quasi_newton_paths(p.log_density_and_score, starts(1, 3), max_steps=100, memory=memory)
-    gaussians = list(paths.gaussians(per_path=4))
+    at_start, *gaussians = paths.gaussians(per_path=4)
+    torch.testing.assert_close(at_start.loc, paths.points[0, 0])
     assert 1 <= len(gaussians) <= 4
     end = int(paths.lengths[0]) - 1  # the last candidate is always the end of the path
     *_, h = paths.inverse_hessians(0)
