@@ -56,12 +56,13 @@ class Conditional(nn.Module):
 
 
 class _LocScale(nn.Module):
-    """``mu(z) = W z + b + a(z)`` and ``sigma(z)``, the sigmoid of ``l + c(z)`` between ``min_scale`` and ``max_scale``.
+    """``mu(z) = a(z) + (1 + b(z)) l(z)``, l linear, and ``sigma(z)``, a sigmoid of ``c(z)`` between two bounds.
 
-    ``a``, and ``c`` where the scale depends on z, are the outputs of one MLP that starts at zero: features of z that
-    bend the mean are those that change the scale, and one network takes two thirds of the time of two. ``W`` starts as
-    ``sqrt(1 - init_scale^2)`` times the first ``min(D, M)`` rows of the identity, and sigma as ``init_scale``, or 1 for
-    a coordinate without a mixing variable of its own, i >= M: the first q(x) is the standard normal.
+    a, b, and c where the scale depends on z, are the outputs of one MLP that starts at zero. The gates b are products
+    of mixing variables, which is how one latent is the scale of others (see
+    :class:`~pyro_sivism.family.networks.ScoreNetwork`). l starts as ``sqrt(1 - init_scale^2)`` times the first
+    ``min(D, M)`` rows of the identity, and sigma as ``init_scale``, or 1 for a coordinate without a mixing variable of
+    its own, i >= M: the first q(x) is the standard normal.
 
     The ceiling only applies to the first M coordinates; one that starts with scale 1 may need up to 1.6.
     """
@@ -96,19 +97,16 @@ class _LocScale(nn.Module):
         self.register_buffer("low", low)
         self.register_buffer("high", high)
         self.logit = nn.Parameter(torch.logit((init - low) / (high - low)))
-        self.scale_depends_on_z = scale_depends_on_z and len(hidden_dims) > 0
-        num_outputs = 2 * dim if self.scale_depends_on_z else dim
-        self.net = MLP(mixing_dim, num_outputs, hidden_dims, zero_last=True) if hidden_dims else None
+        num_outputs = 3 if scale_depends_on_z else 2
+        self.net = MLP(mixing_dim, num_outputs * dim, hidden_dims, zero_last=True) if hidden_dims else None
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """``z (*batch, M)`` -> mu ``(*batch, D)`` and sigma, ``(*batch, D)`` or (D,) where it is constant."""
         loc, logit = self.skip(z), self.logit
         if self.net is not None:
-            bend = self.net(z)
-            if self.scale_depends_on_z:
-                bend, change = bend.chunk(2, -1)
-                logit = logit + change
-            loc = loc + bend
+            bend, gate, *change = self.net(z).split(len(logit), -1)
+            loc = torch.addcmul(loc + bend, gate, loc)
+            logit = sum(change, start=logit)
         return loc, self.low + (self.high - self.low) * torch.sigmoid(logit)
 
     def input_parameters(self) -> list[nn.Parameter]:
@@ -118,9 +116,9 @@ class _LocScale(nn.Module):
 class DiagonalNormal(Conditional):
     """``q(x|z) = N(mu(z), diag sigma(z)^2)``, with conditional score ``-eps / sigma``.
 
-    ``mu`` is a linear skip from z plus an MLP that starts at zero, and ``sigma`` starts at ``init_scale``
-    (1 for the coordinates i >= ``mixing_dim``), with the skip's gain ``sqrt(1 - init_scale^2)``: the first
-    q(x) is the standard normal, exactly.
+    ``mu(z) = a(z) + (1 + b(z)) l(z)`` with l linear, and a and b the outputs of an MLP that starts at zero. ``sigma``
+    starts at ``init_scale`` (1 for the coordinates i >= ``mixing_dim``) and l with the gain ``sqrt(1 - init_scale^2)``:
+    the first q(x) is the standard normal, exactly.
 
     Args:
         dim: D.
@@ -164,7 +162,8 @@ class DiagonalNormal(Conditional):
         )
 
     def forward(self, z: Tensor) -> Distribution:
-        return Independent(Normal(*self.loc_scale(z), validate_args=False), 1, validate_args=False)
+        loc, scale = self.loc_scale(z)
+        return Independent(Normal(loc, scale, validate_args=False), 1, validate_args=False)
 
     def rsample_with_score(self, z: Tensor) -> tuple[Tensor, Tensor]:
         loc, scale = self.loc_scale(z)

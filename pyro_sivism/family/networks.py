@@ -41,17 +41,21 @@ class MLP(nn.Sequential):
 class ScoreNetwork(nn.Module):
     """An estimate of ``grad log q(x)``: the score of a diagonal Gaussian plus a learned residual,
 
-        s(x) = (-x' + net(x')) / sd,      x' = (x - mean) / sd,
+        s(x) = (-x' + a(x') + b(x') x') / sd,      x' = (x - mean) / sd,
 
-    with ``mean`` and ``sd`` running moments of q (:meth:`update_moments`). The residual starts at zero,
-    so that the first estimate is the score of the Gaussian with q's own moments.
+    with ``mean`` and ``sd`` running moments of q (:meth:`update_moments`), and ``a`` and ``b`` the outputs of one MLP,
+    which start at zero, so that the first estimate is the score of the Gaussian with q's own moments.
+
+    The *gates* b are what hierarchies want: where one latent is the scale of others, ``p(x_j | t) = N(0, e^{2t})``, the
+    score ``-e^{-2t} x_j`` is a product of two coordinates, which an MLP of a hundred of them learns slowly from noise,
+    while b is a function of t alone.
 
     Args:
         dim: D.
         hidden_dims: widths of the residual's layers.
         decay: weight of a new batch in the running moments.
         gaussian_base: if False, leave out the Gaussian's score: a network for a difference of scores,
-            ``net(x') / sd``.
+            ``(a(x') + b(x') x') / sd``.
 
     Example:
 
@@ -68,7 +72,7 @@ class ScoreNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.gaussian_base = gaussian_base
-        self.net = MLP(dim, dim, hidden_dims, zero_last=True)
+        self.net = MLP(dim, 2 * dim, hidden_dims, zero_last=True)
         self.decay = decay
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("sd", torch.ones(dim))
@@ -76,8 +80,10 @@ class ScoreNetwork(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Points (B, D) -> estimated scores (B, D)."""
         standardized = (x - self.mean) / self.sd
-        residual = self.net(standardized)
-        return (residual - standardized if self.gaussian_base else residual) / self.sd
+        bend, gate = self.net(standardized).chunk(2, -1)
+        if self.gaussian_base:
+            gate = gate - 1.0
+        return torch.addcmul(bend, gate, standardized) / self.sd
 
     @torch.no_grad()
     def update_moments(self, x: Tensor) -> None:

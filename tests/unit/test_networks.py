@@ -42,6 +42,21 @@ def test_first_score_is_that_of_the_gaussian_with_the_running_moments():
     torch.testing.assert_close(critic(x), torch.autograd.grad(log_density, x)[0])
 
 
+@pytest.mark.parametrize("gaussian_base", [True, False])
+def test_gates_multiply_the_standardized_point(gaussian_base):
+    """``s = (a + (b - 1) x') / sd``, or ``(a + b x') / sd``; with constant a and b it is linear in x."""
+    critic = ScoreNetwork(2, (4,), gaussian_base=gaussian_base).double()
+    critic.mean.copy_(torch.tensor([1.0, -2.0]))
+    critic.sd.copy_(torch.tensor([0.5, 3.0]))
+    bend, gate = torch.tensor([0.3, -0.7]).double(), torch.tensor([2.0, 0.25]).double()
+    with torch.no_grad():
+        critic.net[-1].bias.copy_(torch.cat([bend, gate]))
+    x = torch.randn(5, 2).double()
+    standardized = (x - critic.mean) / critic.sd
+    want = (bend + (gate - float(gaussian_base)) * standardized) / critic.sd
+    torch.testing.assert_close(critic(x), want)
+
+
 def test_network_without_a_gaussian_base_starts_at_zero():
     critic = ScoreNetwork(2, (8,), gaussian_base=False)
     assert torch.equal(critic(torch.randn(5, 2)), torch.zeros(5, 2))
