@@ -10,7 +10,10 @@ The bound is a quadratic in the scale of f; at the best scale ``a = E[f . (s_p -
 which is what is reported. It holds one direction at a time, too.
 
 For a p that is log-concave with curvature 1 in the frame of q, means differ by at most ``sqrt(F)`` sds. Where p has
-flat stretches a small F promises nothing, and F does not see a lost mode.
+flat stretches a small F promises nothing, and F does not see a lost mode. Where p has a wall, or a tail much thinner
+than a Gaussian's, scores beyond are huge, and F is that of the few draws there, however well q fits p's mass: hence the
+*bulk*. As f is a function of x the bound holds for the draws in any set of x, and so for those with ``|f|`` not among
+the largest 2%.
 """
 
 from __future__ import annotations
@@ -36,15 +39,15 @@ class FisherStatistics:
         total_se: its standard error.
         bulk: of all directions, from the draws but for the 2% with the largest ``|f|``: a few draws in a thin tail of p
             can make up most of the total, which then says nothing of the others.
-        coordinates: along each coordinate of x, (D,); they sum to more or less than the total where x is correlated.
-        coordinates_se: their standard errors.
+        bulk_se: its standard error.
+        coordinates: the bulk along each coordinate of x, (D,); they sum to more or less than it where x is correlated.
     """
 
     total: float
     total_se: float
     bulk: float
+    bulk_se: float
     coordinates: Tensor
-    coordinates_se: Tensor
 
 
 def fisher_statistics(
@@ -88,15 +91,16 @@ def fisher_statistics(
     square = (s - critic) * (second - critic)
     squares = square.sum(-1)
     total, total_se = _bound(product.sum(-1), squares, num_blocks)
-    in_bulk = squares <= squares.quantile(_BULK)  # f is a function of x, so that the bound holds for any set of x
-    bulk, _ = _bound(product.sum(-1)[in_bulk], squares[in_bulk])
+    in_bulk = (squares <= squares.quantile(_BULK)).to(squares.dtype)
+    in_bulk = in_bulk / in_bulk.mean()
+    bulk, bulk_se = _bound(product.sum(-1) * in_bulk, squares * in_bulk, num_blocks)
     if frame.directions is not None:
         along = [frame.along_coordinates(value) for value in (s, critic, conditional, second)]
         s, critic, conditional, second = along
         product = 0.5 * ((s - critic) * (second - conditional) + (second - critic) * (s - conditional))
         square = (s - critic) * (second - critic)
-    coordinates, coordinates_se = _bound(product, square, num_blocks)
-    return FisherStatistics(total.item(), total_se.item(), bulk.item(), coordinates, coordinates_se)
+    coordinates, _ = _bound(product * in_bulk[:, None], square * in_bulk[:, None])
+    return FisherStatistics(total.item(), total_se.item(), bulk.item(), bulk_se.item(), coordinates)
 
 
 def _bound(product: Tensor, square: Tensor, num_blocks: int = 1) -> tuple[Tensor, Tensor]:
