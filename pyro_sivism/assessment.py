@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_sivism.diagnostics import (
+    DriftStatistics,
     FisherStatistics,
     Verdict,
     drift_statistics,
@@ -31,8 +32,10 @@ from pyro_sivism.target.anchored import AnchoredTarget
 __all__ = ["assess", "gather_evidence"]
 
 _NUM_DRAWS = 2048
-_NUM_CHAINS = 1024
+_NUM_UNSCORED_DRAWS = 6144  # which cost nothing: what chains are compared with is then known better than they are
+_NUM_CHAINS = 512
 _NUM_LARGE_CHAINS = 256  # beyond D = 256, where each of their steps costs more: more than the fit otherwise
+_NUM_TRAJECTORIES, _NUM_EVIDENCE_TRAJECTORIES = 32, 4  # at most
 _NUM_MINIBATCHES = 16
 _MAX_MODE_SEARCH_DIM = 256  # beyond, climbs from everywhere cost more than the fit
 
@@ -45,7 +48,7 @@ def assess(
     objective: Objective,
     gaussian: GaussianFit | None,
 ) -> Verdict:
-    """Judge q from 2,048 draws; one score a draw, and about twenty more of half of them for the short chains.
+    """Judge q from 2,048 draws with scores, and chains from a quarter of them.
 
     Where the model draws random minibatches the chains and the searches for modes and tails, which need exact
     densities, are left out, and the other instruments allow for the minibatches' noise.
@@ -71,7 +74,7 @@ def assess(
     return judge(
         stein_statistics(x, score, num_blocks=num_blocks),
         fisher=_fisher(target, affine, objective.critic, objective, sample.x, x, score, sample.conditional_score),
-        drift=drift_statistics(target, x[: _num_chains(target.dim)]) if exact else None,
+        drift=_drift(target, affine, family, x, _NUM_TRAJECTORIES) if exact else None,
         modes=find_modes(target, x, extra_starts=ends) if seeks_modes else None,
         tails=tail_indices(target, x) if seeks_modes else None,
         labels=target.layout.coordinate_names,
@@ -96,8 +99,17 @@ def _fisher(
     return fisher_statistics(y, whitened, critic_score, conditional_score, second_score=second, num_blocks=num_blocks)
 
 
-def _num_chains(dim: int) -> int:
-    return _NUM_CHAINS if dim <= 256 else _NUM_LARGE_CHAINS
+def _drift(
+    target: Target | AnchoredTarget,
+    affine: AffineMap,
+    family: SemiImplicit,
+    x: Tensor,
+    max_trajectories: int,
+) -> DriftStatistics:
+    """Where chains from some of the draws ``x`` go, beside all of them and more."""
+    draws = torch.cat([x, affine.forward(family.rsample(_NUM_UNSCORED_DRAWS).x)])
+    num_chains = _NUM_CHAINS if target.dim <= 256 else _NUM_LARGE_CHAINS
+    return drift_statistics(target, draws, num_chains=num_chains, max_trajectories=max_trajectories)
 
 
 def _scores(target: Target | AnchoredTarget, x: Tensor, num_blocks: int) -> Tensor:
@@ -114,8 +126,8 @@ def gather_evidence(
     target: Target | AnchoredTarget, affine: AffineMap, family: SemiImplicit, objective: Objective, num_steps: int
 ) -> Evidence:
     """How far q is from the posterior after ``num_steps`` steps; infinitely far where the target is not finite at most
-    draws. The arguments are those of :func:`assess`, of whose instruments it uses those that look at moments, on half
-    as many chains.
+    draws. The arguments are those of :func:`assess`, of whose instruments it uses those that look at moments, with
+    shorter chains.
     """
     sample = family.rsample(_NUM_DRAWS)
     x = affine.forward(sample.x)
@@ -125,7 +137,7 @@ def gather_evidence(
         errors = [stein_statistics(x, score, num_blocks=num_blocks).coordinates]
         fisher = _fisher(target, affine, objective.critic, objective, sample.x, x, score, sample.conditional_score)
         if not target.is_subsampled:
-            errors.append(drift_statistics(target, x[: _num_chains(target.dim) // 2]).coordinates)
+            errors.append(_drift(target, affine, family, x, _NUM_EVIDENCE_TRAJECTORIES).coordinates)
     except (ArgumentError, NonFiniteError):  # too few draws left, or no spread in them
         return Evidence(num_steps, moment_error=math.inf, divergence=math.inf)
     worst = max(float(torch.maximum(each.sure_mean.abs(), each.sure_log2_sd.abs()).max()) for each in errors)

@@ -5,13 +5,20 @@ Every draw of q starts a chain of a few trajectories that leave p invariant (Dua
 change of a moment beyond Monte Carlo noise is an error of q. Curvature, skewness, tails and cut-off supports, which
 low-order statistics of draws and scores cannot see, all show.
 
-Short chains go part of the way. If a coordinate g has correlation rho between starts and ends, its mean relaxes as
+What q lacks is often a tail, or the narrow end of a curved ridge, that no chain starts in: moments then move long after
+the chains have forgotten where they started. Steps are therefore smaller than q's own draws ask for, as p may be more
+curved where q has none; trajectories of a time up to about pi, in the frame that whitens q, go to the other side of q
+and beyond; and there are more of them where something is found, twice as many each time, until it is nothing or
+certain. What is compared with the draws are the chains in the second half of their trajectories.
+
+Slow chains go part of the way. If a coordinate g has correlation rho between starts and ends, its mean relaxes as
 ``E_t[g] - E_p[g] = rho (E_0[g] - E_p[g])``, exactly so for an eigenfunction of the chain, and hence
 
-    E_p[g] - E_q[g]  =  (E_t[g] - E_0[g]) / (1 - rho).
+    E_p[g] - E_q[g]  =  (E_t[g] - E_0[g]) / (1 - rho),
 
-The frame whitens q, where a trajectory of time pi/2 forgets a Gaussian start altogether. The step size is what the
-draws themselves accept. Chains do not cross from one mode to another: ``modes.py`` looks for those.
+with the standard error of a ratio of two means. Where rho stays above .8 the coordinate hardly ever is one such
+function: part of it moves, and part stays, as between modes, so that changes are not extrapolated further and the
+verdict says that nothing can be said. ``modes.py`` looks for modes.
 """
 
 from __future__ import annotations
@@ -23,20 +30,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_sivism.diagnostics.moments import CUT_OFF, Frame, MomentErrors, finite_rows, standard_error
+from pyro_sivism.diagnostics.moments import CUT_OFF, Frame, MomentErrors, finite_rows
 from pyro_sivism.diagnostics.stein import WorstDirection
 from pyro_sivism.family import TargetDensity, WhitenedTarget
 
 __all__ = ["DriftStatistics", "drift_statistics"]
 
-_TRAJECTORY_TIME = 0.5 * math.pi
-_MAX_LEAPFROG_STEPS = 12
-_NUM_PILOTS = 128
+_TRAJECTORY_TIME = math.pi
+_MAX_LEAPFROG_STEPS = 48
+_NUM_PILOTS = 256
 _MAX_HALVINGS = 6
-_MIN_TRAJECTORIES, _FORGOTTEN = 2, 0.4  # chains stop when no coordinate is correlated more with its start
-_WANTED_ACCEPTANCE = 0.7
-# Correlations above this are taken for it: what slower coordinates would change by is not extrapolated further.
-_MAX_CORRELATION = 0.75
+# The acceptance for which steps are halved, and the one that is enough once more steps would cut trajectories short.
+_WANTED_ACCEPTANCE, _ENOUGH_ACCEPTANCE = 0.92, 0.7
+_FIRST_TRAJECTORIES, _MAX_TRAJECTORIES = 8, 32
+_FORGOTTEN = 0.4  # a correlation with the starts
+_NOTHING, _CERTAIN = 0.05, 0.5  # errors beyond two standard errors between which more trajectories may tell more
+_MAX_CORRELATION = 0.8  # up to which changes are extrapolated; beyond it the verdict vouches for nothing
 
 
 @dataclass(frozen=True)
@@ -45,28 +54,37 @@ class DriftStatistics:
 
     Attributes:
         coordinates: the errors of each coordinate of x, K = D.
-        direction: the direction in which the spread changed most; None where D = 1 or the frame is diagonal.
-        correlation: between the starts and ends of each coordinate, (D,): near 1 the chains hardly moved.
+        direction: the direction in which the spread changed most; None where D = 1 or the draws are too few.
+        correlation: of each coordinate, or of its square if larger, between the starts and the second half of the
+            trajectories, (D,): near 1 the chains hardly moved.
         acceptance: the mean acceptance rate.
+        stuck: the fraction of chains that never moved.
         num_evaluations: log densities and scores of single points computed.
         num_draws: chains.
+        num_trajectories: of each.
     """
 
     coordinates: MomentErrors
     direction: WorstDirection | None
     correlation: Tensor
     acceptance: float
+    stuck: float
     num_evaluations: int
     num_draws: int
+    num_trajectories: int
 
 
-def drift_statistics(target: TargetDensity, x: Tensor, *, max_trajectories: int = 6) -> DriftStatistics:
-    """Errors of q's moments from where short chains take its draws ``x (N, D)``.
+def drift_statistics(
+    target: TargetDensity, x: Tensor, *, num_chains: int | None = None, max_trajectories: int = _MAX_TRAJECTORIES
+) -> DriftStatistics:
+    """Errors of q's moments from where chains take its draws ``x (N, D)``.
 
     Args:
         target: the log density and score that x lives in; exact, not a random minibatch.
-        x: independent draws of q, at least 50; 1,024 give standard errors of .05 sds, at about 20 evaluations a draw.
-        max_trajectories: trajectories per draw, at most; two are enough where they forget their start.
+        x: independent draws of q, at least 50.
+        num_chains: how many of the draws, the first ones, start a chain; all if None. 512 of 8,192 give standard
+            errors of .03 sds, at 50 to 200 evaluations a chain where nothing is found.
+        max_trajectories: trajectories per chain, at most; eight are enough where nothing is found.
 
     Raises:
         ArgumentError: too few draws, or a coordinate does not vary.
@@ -83,35 +101,43 @@ def drift_statistics(target: TargetDensity, x: Tensor, *, max_trajectories: int 
         >>> round(errors.mean.item())
         1
     """
-    log_density, score = target.log_density_and_score(x)
-    finite = finite_rows(x, log_density, score)
-    x = x[finite].double()
-    frame = Frame.of(x)
+    starts = x[:num_chains]
+    log_density, score = target.log_density_and_score(starts)
+    finite = finite_rows(starts, log_density, score)
+    others = x[len(starts) :]
+    others = others[finite_rows(others)].double() if len(others) else others.double()
+    starts = starts[finite].double()
+    frame = Frame.of(torch.cat([starts, others]))
     whitened = WhitenedTarget(target, frame.affine)
     start = _State(
-        frame.affine.inverse(x),
+        frame.affine.inverse(starts),
         log_density[finite].double() + frame.affine.log_abs_det,
         frame.affine.pull_back(score[finite].double()),
     )
     step_size, num_steps, num_evaluations = _tune(whitened, start)
-    num_evaluations += len(finite)
-    before, end = frame.along_coordinates(start.y), start
-    acceptances: list[float] = []
-    while len(acceptances) < max_trajectories:
-        end, accepted = _trajectory(whitened, end, step_size, num_steps)
-        acceptances.append(accepted.mean().item())
-        num_evaluations += num_steps * len(x)
-        after = frame.along_coordinates(end.y)
-        if len(acceptances) >= _MIN_TRAJECTORIES and _correlation(before, after).max() < _FORGOTTEN:
+    before = torch.cat([start.y, frame.affine.inverse(others)])
+    end, acceptances = start, []
+    ends: list[Tensor] = []
+    num_trajectories = min(_FIRST_TRAJECTORIES, max_trajectories)
+    while True:
+        while len(ends) < num_trajectories:
+            end, accepted = _trajectory(whitened, end, step_size, num_steps)
+            ends.append(end.y)
+            acceptances.append(accepted.mean().item())
+        late = torch.stack(ends[len(ends) // 2 :])
+        coordinates, correlation = _moment_errors(frame.along_coordinates(before), frame.along_coordinates(late))
+        if num_trajectories == max_trajectories or _is_settled(coordinates, correlation):
             break
-    direction = None if frame.directions is None else _worst_direction(frame, start.y, end.y)
+        num_trajectories = min(2 * num_trajectories, max_trajectories)
     return DriftStatistics(
-        coordinates=_moment_errors(before, after),
-        direction=direction,
-        correlation=_correlation(before, after),
+        coordinates=coordinates,
+        direction=_worst_direction(frame, before, late),
+        correlation=correlation,
         acceptance=sum(acceptances) / len(acceptances),
-        num_evaluations=num_evaluations,
-        num_draws=len(x),
+        stuck=(ends[-1] == start.y).all(-1).double().mean().item(),
+        num_evaluations=num_evaluations + len(finite) + num_trajectories * num_steps * len(starts),
+        num_draws=len(starts),
+        num_trajectories=num_trajectories,
     )
 
 
@@ -132,14 +158,15 @@ class _State(NamedTuple):
 
 
 def _tune(target: WhitenedTarget, start: _State) -> tuple[float, int, int]:
-    """A step size that most draws accept, the number of leapfrog steps, and the evaluations that took."""
+    """A step size that nearly all draws accept, the number of leapfrog steps, and the evaluations that took."""
     pilots = _State(*(values[:_NUM_PILOTS] for values in start))
     step_size, num_evaluations = target.dim**-0.25, 0
     for _ in range(_MAX_HALVINGS):
         num_steps = min(_MAX_LEAPFROG_STEPS, math.ceil(_TRAJECTORY_TIME / step_size))
         _, accepted = _trajectory(target, pilots, step_size, num_steps)
         num_evaluations += num_steps * len(pilots.y)
-        if accepted.mean() >= _WANTED_ACCEPTANCE:
+        enough = _ENOUGH_ACCEPTANCE if num_steps == _MAX_LEAPFROG_STEPS else _WANTED_ACCEPTANCE
+        if accepted.mean() >= enough:
             break
         step_size *= 0.5
     return step_size, num_steps, num_evaluations
@@ -148,7 +175,7 @@ def _tune(target: WhitenedTarget, start: _State) -> tuple[float, int, int]:
 def _trajectory(target: WhitenedTarget, start: _State, step_size: float, num_steps: int) -> tuple[_State, Tensor]:
     """One leapfrog trajectory per row with its Metropolis decision, and the acceptance probabilities (N,)."""
     # Each chain has its own step size: no period of the target is met by all, and some are small enough for necks.
-    step = step_size * (0.5 + 0.7 * torch.rand_like(start.log_density))[:, None]
+    step = step_size * (0.2 + torch.rand_like(start.log_density))[:, None]
     momentum = torch.randn_like(start.y)
     energy = start.log_density - 0.5 * momentum.square().sum(-1)
     state, inside = start, torch.ones_like(start.log_density, dtype=torch.bool)
@@ -164,28 +191,62 @@ def _trajectory(target: WhitenedTarget, start: _State, step_size: float, num_ste
     return state.where(torch.rand_like(acceptance) < acceptance, start), acceptance
 
 
-def _moment_errors(before: Tensor, after: Tensor) -> MomentErrors:
-    """Errors along coordinates from the standardized starts and the ends of the chains, each (N, K)."""
-    before, after = before.clamp(-CUT_OFF, CUT_OFF), after.clamp(-CUT_OFF, CUT_OFF)
-    changes = []
-    for start, end in ((before, after), (before.square(), after.square())):
-        part = 1.0 - _correlation(start, end)
-        difference = end - start
-        changes += [difference.mean(0) / part, standard_error(difference) / part]
-    return MomentErrors.from_changes(*changes)
+def _is_settled(errors: MomentErrors, correlation: Tensor) -> bool:
+    """Whether more trajectories would hardly change what the chains say."""
+    worst = torch.maximum(errors.sure_mean.abs(), errors.sure_log2_sd.abs()).max()
+    return bool(worst > _CERTAIN or (worst < _NOTHING and correlation.max() < _FORGOTTEN))
 
 
-def _correlation(before: Tensor, after: Tensor) -> Tensor:
-    """Between columns, within [0, .75]."""
-    before, after = before - before.mean(0), after - after.mean(0)
-    product = (before * after).mean(0) / (before.square().mean(0) * after.square().mean(0)).sqrt()
-    return product.nan_to_num(nan=1.0).clamp(0.0, _MAX_CORRELATION)
+def _moment_errors(before: Tensor, late: Tensor) -> tuple[MomentErrors, Tensor]:
+    """Errors along K standardized coordinates, and the correlations (K,).
+
+    Args:
+        before: all draws, (N, K); the first n of them started chains.
+        late: where the chains were after each of some trajectories, (T, n, K).
+    """
+    before, late = before.clamp(-CUT_OFF, CUT_OFF), late.clamp(-CUT_OFF, CUT_OFF)
+    num_chains = late.shape[1]
+    changes, correlations = [], []
+    for start, ends in ((before, late), (before.square(), late.square())):
+        products = _standardized(start[:num_chains], 0) * _standardized(ends, (0, 1)).mean(0)  # with mean rho
+        rho = products.mean(0).clamp(0.0, _MAX_CORRELATION)
+        end, own, mean = ends.mean(0), start[:num_chains], start.mean(0)
+        # Chains end by rho times as much too high as their own starts are, by chance, among all draws.
+        change = (end.mean(0) - mean - rho * (own.mean(0) - mean)) / (1.0 - rho)
+        # What each draw adds to the numerator, and each chain to it and to the denominator, beyond its share.
+        deviation = (1.0 - rho) * (mean - start) / len(start)
+        residual = end - end.mean(0) - rho * (own - own.mean(0))
+        deviation[:num_chains] += (residual + change * (products - products.mean(0))) / num_chains
+        changes += [change, deviation.square().sum(0).sqrt() / (1.0 - rho)]
+        correlations.append(products.mean(0))
+    return MomentErrors.from_changes(*changes), torch.maximum(*correlations)
 
 
-def _worst_direction(frame: Frame, before: Tensor, after: Tensor) -> WorstDirection:
-    """The direction whose second moment changed most on every other chain, judged on the rest."""
-    change = after[::2].T @ after[::2] - before[::2].T @ before[::2]
-    eigenvalues, vectors = torch.linalg.eigh(change)
+def _standardized(values: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """With mean 0 and variance 1 over dims; 1 all over where they do not vary, so that they correlate wholly."""
+    centered = values - values.mean(dim)
+    sd = centered.square().mean(dim).sqrt()
+    return torch.where(sd > 0, centered / sd, 1.0)
+
+
+def _worst_direction(frame: Frame, before: Tensor, late: Tensor) -> WorstDirection | None:
+    """The direction whose second moment changed most on every other chain, judged on the rest.
+
+    It is looked for in a frame of its own, without the draws it is judged on: where all draws together have covariance
+    I, the directions in which one half by chance varies less are those in which the other one varies more. None where
+    there are too few draws for that.
+    """
+    num_chains = late.shape[1]
+    others = torch.cat([before[:num_chains:2], before[num_chains:]])
+    own_frame = Frame.of(others)
+    if own_frame.directions is None:
+        return None
+    own = own_frame.affine
+    start, ends = own.inverse(others), own.inverse(late[:, ::2].flatten(0, 1))
+    eigenvalues, vectors = torch.linalg.eigh(ends.T @ ends / len(ends) - start.T @ start / len(start))
     v = vectors[:, eigenvalues.abs().argmax()]
-    errors = _moment_errors((before[1::2] @ v)[:, None], (after[1::2] @ v)[:, None])
-    return WorstDirection(frame.loadings(v), errors)
+    start, ends = own.inverse(before[1:num_chains:2]) @ v, own.inverse(late[:, 1::2]) @ v
+    mean, sd = start.mean(), start.std(correction=0)
+    errors, _ = _moment_errors((start[:, None] - mean) / sd, (ends[..., None] - mean) / sd)
+    direction = own.linear(v)
+    return WorstDirection(frame.loadings(direction / direction.norm()), errors)

@@ -40,6 +40,9 @@ class Thresholds:
         tail: one over the tail index, which is the degrees of freedom of a Student-t tail; at 2 its variance is
             infinite.
         nonfinite: the fraction of draws at which the target is not finite.
+        stuck: the fraction of chains that never move, as q has draws where p falls off a wall or into a neck.
+        correlation: of where the chains end with where they start; beyond it nothing can be vouched for, which is
+            suspect but never bad.
     """
 
     moment: tuple[float, float] = (0.17, 0.5)
@@ -48,6 +51,8 @@ class Thresholds:
     weight: tuple[float, float] = (0.08, 0.25)
     tail: tuple[float, float] = (0.2, 0.5)
     nonfinite: tuple[float, float] = (0.002, 0.05)
+    stuck: tuple[float, float] = (0.05, 0.5)
+    correlation: float = 0.8
 
 
 @dataclass(frozen=True)
@@ -160,6 +165,11 @@ def judge(
     )
     if drift is not None:
         found += _moment_findings("drift", drift.coordinates, drift.direction, name, table.moment)
+        text = (
+            f"{drift.stuck:.0%} of q's draws are where chains cannot move: at a wall of the density, or in a neck of it"
+        )
+        found.append(_finding("drift", (), drift.stuck, table.stuck, text))
+        found += _unjudged(drift, modes, name, table.correlation)
     if fisher is not None:
         found.append(_fisher_finding(fisher, name, table.fisher))
     if modes is not None:
@@ -215,6 +225,24 @@ def _moment_findings(
             text = f"along {combination}: {_moment_text(direction.errors, 0)}"
             found.append(_finding(instrument, sites, along, thresholds, text))
     return found
+
+
+def _unjudged(
+    drift: DriftStatistics, modes: ModeSearch | None, name: Callable[[int], str], threshold: float
+) -> list[Finding]:
+    """The coordinate in which the chains hardly moved; none where that is from one mode to another, whose weights are
+    judged by their masses.
+    """
+    correlation, i = drift.correlation.max(0)
+    weighs_modes = modes is not None and len(modes.modes) > 1 and not math.isnan(modes.weight_error)
+    if correlation <= threshold or weighs_modes:
+        return []
+    site = name(int(i))
+    text = (
+        f"{site}: cannot be vouched for, as chains hardly moved from q's draws (correlation {correlation:.2f} after "
+        f"{drift.num_trajectories} trajectories)"
+    )
+    return [Finding("drift", (site,), correlation.item(), 1.0, text)]
 
 
 def _moment_text(errors: MomentErrors, i: int) -> str:
