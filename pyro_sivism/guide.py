@@ -221,6 +221,7 @@ class SemiImplicitGuide(AutoContinuous):
             mixing_dim,
             hidden_dims,
             scale_depends_on_z=recipe.scale_depends_on_z,
+            gated=recipe.gated,
             init_scale=recipe.init_scale,
             min_scale=recipe.min_scale,
             max_scale=recipe.max_scale,

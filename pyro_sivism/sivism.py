@@ -284,7 +284,7 @@ class SIVISM:
         recipe = self._recipe(layout.dim)
         critic = self._critic
         if critic is None:
-            critic = self.loss.make_critic(layout.dim, recipe.critic_hidden_dims)
+            critic = self.loss.make_critic(layout.dim, recipe.critic_hidden_dims, gated=recipe.gated)
         return Training(
             copy.deepcopy(self.guide.family) if saved is None else saved["family"],
             self.guide.family,

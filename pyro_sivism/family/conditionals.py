@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, LowRankMultivariateNormal, Normal
 
 from pyro_sivism.errors import ArgumentError
-from pyro_sivism.family.networks import MLP
+from pyro_sivism.family.networks import MLP, bounded
 
 __all__ = ["Conditional", "DiagonalNormal", "LowRankNormal"]
+
+_MAX_GATE = 1.5  # a mixing variable may be stretched or shrunk 4.5-fold by others
 
 
 class Conditional(nn.Module):
@@ -56,10 +58,10 @@ class Conditional(nn.Module):
 
 
 class _LocScale(nn.Module):
-    """``mu(z) = a(z) + (1 + b(z)) l(z)``, l linear, and ``sigma(z)``, a sigmoid of ``c(z)`` between two bounds.
+    """``mu(z) = a(z) + e^{b(z)} l(z)``, l linear, and ``sigma(z)``, a sigmoid of ``c(z)`` between two bounds.
 
-    a, b, and c where the scale depends on z, are the outputs of one MLP that starts at zero. The gates b are products
-    of mixing variables, which is how one latent is the scale of others (see
+    a, b and c are the outputs of one MLP that starts at zero; c is a constant unless the scale depends on z. By the
+    gates b, which are bounded, one mixing variable may be the scale of others, as one latent of a hierarchy is (see
     :class:`~pyro_sivism.family.networks.ScoreNetwork`). l starts as ``sqrt(1 - init_scale^2)`` times the first
     ``min(D, M)`` rows of the identity, and sigma as ``init_scale``, or 1 for a coordinate without a mixing variable of
     its own, i >= M: the first q(x) is the standard normal.
@@ -77,6 +79,7 @@ class _LocScale(nn.Module):
         hidden_dims: Sequence[int],
         *,
         scale_depends_on_z: bool,
+        gated: bool,
         init_scale: float,
         min_scale: float,
         max_scale: float,
@@ -97,16 +100,20 @@ class _LocScale(nn.Module):
         self.register_buffer("low", low)
         self.register_buffer("high", high)
         self.logit = nn.Parameter(torch.logit((init - low) / (high - low)))
-        num_outputs = 3 if scale_depends_on_z else 2
+        self.gated, self.scale_depends_on_z = gated, scale_depends_on_z
+        num_outputs = 1 + gated + scale_depends_on_z
         self.net = MLP(mixing_dim, num_outputs * dim, hidden_dims, zero_last=True) if hidden_dims else None
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """``z (*batch, M)`` -> mu ``(*batch, D)`` and sigma, ``(*batch, D)`` or (D,) where it is constant."""
         loc, logit = self.skip(z), self.logit
         if self.net is not None:
-            bend, gate, *change = self.net(z).split(len(logit), -1)
-            loc = torch.addcmul(loc + bend, gate, loc)
-            logit = sum(change, start=logit)
+            bend, *others = self.net(z).split(len(logit), -1)
+            if self.gated:
+                loc = loc * bounded(others[0], _MAX_GATE).exp()
+            loc = loc + bend
+            if self.scale_depends_on_z:
+                logit = logit + others[-1]
         return loc, self.low + (self.high - self.low) * torch.sigmoid(logit)
 
     def input_parameters(self) -> list[nn.Parameter]:
@@ -116,7 +123,7 @@ class _LocScale(nn.Module):
 class DiagonalNormal(Conditional):
     """``q(x|z) = N(mu(z), diag sigma(z)^2)``, with conditional score ``-eps / sigma``.
 
-    ``mu(z) = a(z) + (1 + b(z)) l(z)`` with l linear, and a and b the outputs of an MLP that starts at zero. ``sigma``
+    ``mu(z) = a(z) + e^{b(z)} l(z)`` with l linear, and a and b the outputs of an MLP that starts at zero. ``sigma``
     starts at ``init_scale`` (1 for the coordinates i >= ``mixing_dim``) and l with the gain ``sqrt(1 - init_scale^2)``:
     the first q(x) is the standard normal, exactly.
 
@@ -125,6 +132,7 @@ class DiagonalNormal(Conditional):
         mixing_dim: M, the length of z.
         hidden_dims: widths of the MLP; empty for a linear mixing map and a constant scale, whose q(x) is Gaussian.
         scale_depends_on_z: learn ``sigma(z)`` rather than one constant scale per coordinate.
+        gated: learn b, which is what hierarchies want.
         init_scale: first conditional sd, below 1.
         min_scale, max_scale: the floor and the ceiling of the conditional sd. The floor bounds the
             conditional score, whose noise is what the critic has to average out.
@@ -146,6 +154,7 @@ class DiagonalNormal(Conditional):
         hidden_dims: Sequence[int] = (64, 64),
         *,
         scale_depends_on_z: bool = True,
+        gated: bool = True,
         init_scale: float = 0.75,
         min_scale: float = 0.3,
         max_scale: float = 1.2,
@@ -156,6 +165,7 @@ class DiagonalNormal(Conditional):
             mixing_dim,
             hidden_dims,
             scale_depends_on_z=scale_depends_on_z,
+            gated=gated,
             init_scale=init_scale,
             min_scale=min_scale,
             max_scale=max_scale,
@@ -199,6 +209,7 @@ class LowRankNormal(Conditional):
         hidden_dims: Sequence[int] = (64, 64),
         *,
         rank: int = 4,
+        gated: bool = True,
         init_scale: float = 0.75,
         min_scale: float = 0.3,
         max_scale: float = 1.2,
@@ -211,6 +222,7 @@ class LowRankNormal(Conditional):
             mixing_dim,
             hidden_dims,
             scale_depends_on_z=False,
+            gated=gated,
             init_scale=init_scale,
             min_scale=min_scale,
             max_scale=max_scale,

@@ -8,7 +8,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MLP", "ScoreNetwork"]
+__all__ = ["MLP", "ScoreNetwork", "bounded"]
+
+_MAX_GATE = 4.0  # where q has sd 1: slopes of its score from -5 to 3; what is steeper is left to the network itself
 
 
 class MLP(nn.Sequential):
@@ -38,6 +40,11 @@ class MLP(nn.Sequential):
         return list(self[0].parameters())
 
 
+def bounded(values: Tensor, bound: float) -> Tensor:
+    """Values between -bound and bound, smoothly, the small ones left as they are."""
+    return bound * torch.tanh(values / bound)
+
+
 class ScoreNetwork(nn.Module):
     """An estimate of ``grad log q(x)``: the score of a diagonal Gaussian plus a learned residual,
 
@@ -48,7 +55,7 @@ class ScoreNetwork(nn.Module):
 
     The *gates* b are what hierarchies want: where one latent is the scale of others, ``p(x_j | t) = N(0, e^{2t})``, the
     score ``-e^{-2t} x_j`` is a product of two coordinates, which an MLP of a hundred of them learns slowly from noise,
-    while b is a function of t alone.
+    while b is a function of t alone. They are bounded, so that s grows no faster than x where there are few draws.
 
     Args:
         dim: D.
@@ -56,6 +63,7 @@ class ScoreNetwork(nn.Module):
         decay: weight of a new batch in the running moments.
         gaussian_base: if False, leave out the Gaussian's score: a network for a difference of scores,
             ``(a(x') + b(x') x') / sd``.
+        gated: if False, leave out b, which doubles the network's last layer.
 
     Example:
 
@@ -68,11 +76,17 @@ class ScoreNetwork(nn.Module):
     sd: Tensor
 
     def __init__(
-        self, dim: int, hidden_dims: Sequence[int], *, decay: float = 0.02, gaussian_base: bool = True
+        self,
+        dim: int,
+        hidden_dims: Sequence[int],
+        *,
+        decay: float = 0.02,
+        gaussian_base: bool = True,
+        gated: bool = True,
     ) -> None:
         super().__init__()
         self.gaussian_base = gaussian_base
-        self.net = MLP(dim, 2 * dim, hidden_dims, zero_last=True)
+        self.net = MLP(dim, 2 * dim if gated else dim, hidden_dims, zero_last=True)
         self.decay = decay
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("sd", torch.ones(dim))
@@ -80,10 +94,12 @@ class ScoreNetwork(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Points (B, D) -> estimated scores (B, D)."""
         standardized = (x - self.mean) / self.sd
-        bend, gate = self.net(standardized).chunk(2, -1)
+        score, *gates = self.net(standardized).split(len(self.sd), -1)
         if self.gaussian_base:
-            gate = gate - 1.0
-        return torch.addcmul(bend, gate, standardized) / self.sd
+            score = score - standardized
+        for gate in gates:
+            score = torch.addcmul(score, bounded(gate, _MAX_GATE), standardized)
+        return score / self.sd
 
     @torch.no_grad()
     def update_moments(self, x: Tensor) -> None:

@@ -65,9 +65,9 @@ class Objective:
             other.__dict__.pop(name, None)
         return other
 
-    def make_critic(self, dim: int, hidden_dims: Sequence[int]) -> nn.Module:
+    def make_critic(self, dim: int, hidden_dims: Sequence[int], *, gated: bool = True) -> nn.Module:
         """A critic for D = ``dim``: by default an estimate of grad log q."""
-        return ScoreNetwork(dim, hidden_dims)
+        return ScoreNetwork(dim, hidden_dims, gated=gated)
 
     def adapt_recipe(self, recipe: Recipe) -> Recipe:
         """The defaults this objective wants."""

@@ -69,8 +69,8 @@ class FisherDivergence(Objective):
     def depends_on_step(self) -> bool:
         return self.annealing_steps > 0
 
-    def make_critic(self, dim: int, hidden_dims: Sequence[int]) -> nn.Module:
-        return ScoreNetwork(dim, hidden_dims, gaussian_base=self.target_residual)
+    def make_critic(self, dim: int, hidden_dims: Sequence[int], *, gated: bool = True) -> nn.Module:
+        return ScoreNetwork(dim, hidden_dims, gaussian_base=self.target_residual, gated=gated)
 
     def critic_value(self, x: Tensor, target_score: Tensor) -> Tensor:
         return target_score - self.critic(x) if self.target_residual else self.critic(x)

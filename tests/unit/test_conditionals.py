@@ -72,13 +72,14 @@ def test_scale_is_constant_or_follows_z():
 
 @pytest.mark.parametrize("scale_depends_on_z", [True, False])
 def test_mean_is_bent_and_gated(scale_depends_on_z):
-    """``mu = a + (1 + b) l(z)``, with constant a and b: a linear map of z again."""
+    """``mu = a + e^b l(z)``, b bounded; with constant a and b it is a linear map of z again."""
     conditional = DiagonalNormal(2, 2, (4,), scale_depends_on_z=scale_depends_on_z)
     bend, gate = torch.tensor([0.3, -0.7]), torch.tensor([1.0, -0.5])
     z = torch.randn(5, 2)
     with torch.no_grad():
         conditional.loc_scale.net[-1].bias[:4] = torch.cat([bend, gate])
-        torch.testing.assert_close(conditional.loc_scale(z)[0], bend + (1.0 + gate) * conditional.loc_scale.skip(z))
+        stretch = (1.5 * torch.tanh(gate / 1.5)).exp()
+        torch.testing.assert_close(conditional.loc_scale(z)[0], bend + stretch * conditional.loc_scale.skip(z))
 
 
 @pytest.mark.parametrize("rank", [1, 3, 7])

@@ -44,7 +44,7 @@ def test_first_score_is_that_of_the_gaussian_with_the_running_moments():
 
 @pytest.mark.parametrize("gaussian_base", [True, False])
 def test_gates_multiply_the_standardized_point(gaussian_base):
-    """``s = (a + (b - 1) x') / sd``, or ``(a + b x') / sd``; with constant a and b it is linear in x."""
+    """``s = (a + (b - 1) x') / sd``, or ``(a + b x') / sd``, b bounded; with constant a and b it is linear in x."""
     critic = ScoreNetwork(2, (4,), gaussian_base=gaussian_base).double()
     critic.mean.copy_(torch.tensor([1.0, -2.0]))
     critic.sd.copy_(torch.tensor([0.5, 3.0]))
@@ -53,7 +53,8 @@ def test_gates_multiply_the_standardized_point(gaussian_base):
         critic.net[-1].bias.copy_(torch.cat([bend, gate]))
     x = torch.randn(5, 2).double()
     standardized = (x - critic.mean) / critic.sd
-    want = (bend + (gate - float(gaussian_base)) * standardized) / critic.sd
+    slope = 4.0 * torch.tanh(gate / 4.0) - float(gaussian_base)
+    want = (bend + slope * standardized) / critic.sd
     torch.testing.assert_close(critic(x), want)
 
 

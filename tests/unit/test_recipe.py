@@ -13,9 +13,13 @@ def num_weights(dim: int) -> int:
     """Of both networks by default."""
     recipe = Recipe.for_dim(dim)
     family = DiagonalNormal(
-        dim, recipe.mixing_dim, recipe.guide_hidden_dims, scale_depends_on_z=recipe.scale_depends_on_z
+        dim,
+        recipe.mixing_dim,
+        recipe.guide_hidden_dims,
+        scale_depends_on_z=recipe.scale_depends_on_z,
+        gated=recipe.gated,
     )
-    modules: list[nn.Module] = [family, ScoreNetwork(dim, recipe.critic_hidden_dims)]
+    modules: list[nn.Module] = [family, ScoreNetwork(dim, recipe.critic_hidden_dims, gated=recipe.gated)]
     return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
