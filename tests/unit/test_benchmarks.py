@@ -157,3 +157,47 @@ def test_time_to_accuracy_compares_medians_with_nuts(load, tmp_path, capsys):
     assert mean.split()[-1] == "25.0"
     benchmark.plot(rows, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 0
+
+
+def test_sbc_ranks_every_quantity_and_pools_runs(load, tmp_path, capsys):
+    sbc = load("sbc")
+    first, both = tmp_path / "first.json", tmp_path / "both.json"
+    sbc.main(["--quick", "--out", str(first)])
+    for row in rows_of(first):
+        assert list(row["ranks"]) == ["beta[0]", "beta[1]", "beta[2]", "log likelihood"]
+        assert all(0 <= rank <= 99 for rank in row["ranks"].values())
+    failed = {"model": "logistic", "replication": 2, "error": "NonFiniteError: at once"}
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({"rows": [failed]}))
+    capsys.readouterr()
+    sbc.main(["--replications", "0", "--add", str(first), str(other), "--out", str(both)])
+    assert rows_of(both) == [*rows_of(first), failed]
+    assert "2 of 3 replications fitted" in capsys.readouterr().out
+    assert both.with_suffix(".png").stat().st_size > 0
+    with pytest.raises(SystemExit):
+        sbc.main(["--quick", "--add", str(first), "--out", str(both)])
+
+
+def test_sbc_tells_draws_that_are_right_from_those_that_are_not(load):
+    sbc = load("sbc")
+
+    def calibration(location, scale):
+        """400 true values, each standard normal, ranked among 99 draws of another normal."""
+        draws = location + scale * torch.randn(400, 99)
+        return sbc.Calibration.of((draws < torch.randn(400, 1)).sum(1).tolist())
+
+    assert min(calibration(0.0, 1.0).p_chi2, calibration(0.0, 1.0).p_ecdf) > 1e-3
+    low, narrow, wide = calibration(-0.5, 1.0), calibration(0.0, 0.7), calibration(0.0, 1.4)
+    assert max(wrong.p_chi2 for wrong in (low, narrow, wide)) < 1e-3
+    assert max(wrong.p_ecdf for wrong in (low, narrow, wide)) < 1e-3
+    assert low.bias == pytest.approx(0.5, abs=0.2)
+    assert narrow.spread > 1.2
+    assert wide.spread < 0.8
+
+    uniform = sbc.Uniformity(200)
+    p = torch.tensor([uniform.p_value(torch.randint(0, 100, (200,))) for _ in range(400)])
+    assert (p < 0.1).double().mean().item() == pytest.approx(0.1, abs=0.06)  # four standard errors
+    fewest, most = uniform.band(0.05)
+    counted = sbc.below(torch.randint(0, 100, (2000, 200)))
+    inside = ((fewest <= counted) & (counted <= most)).all(1).double().mean().item()
+    assert inside == pytest.approx(0.95, abs=0.025)  # beside four standard errors of .02, the steps of counts
