@@ -31,7 +31,7 @@ from pyro_sivism.target.anchored import AnchoredTarget
 
 __all__ = ["assess", "gather_evidence"]
 
-_NUM_DRAWS = 2048
+_MIN_DRAWS, _MAX_DRAWS, _DRAWS_PER_DIM = 2048, 8192, 64
 _NUM_UNSCORED_DRAWS = 6144  # which cost nothing: what chains are compared with is then known better than they are
 _NUM_CHAINS = 512
 _NUM_LARGE_CHAINS = 256  # beyond D = 256, where each of their steps costs more: more than the fit otherwise
@@ -48,7 +48,7 @@ def assess(
     objective: Objective,
     gaussian: GaussianFit | None,
 ) -> Verdict:
-    """Judge q from 2,048 draws with scores, and chains from a quarter of them.
+    """Judge q from 2,048 to 8,192 draws with scores, the more the more dimensions, and 512 chains.
 
     Where the model draws random minibatches the chains and the searches for modes and tails, which need exact
     densities, are left out, and the other instruments allow for the minibatches' noise.
@@ -64,7 +64,7 @@ def assess(
         ArgumentError: a coordinate of the draws does not vary.
         NonFiniteError: most scores are not finite.
     """
-    sample = family.rsample(_NUM_DRAWS)
+    sample = family.rsample(_num_draws(target.dim))
     x = affine.forward(sample.x)
     num_blocks = _NUM_MINIBATCHES if target.is_subsampled else 1
     score = _scores(target, x, num_blocks)
@@ -99,6 +99,13 @@ def _fisher(
     return fisher_statistics(y, whitened, critic_score, conditional_score, second_score=second, num_blocks=num_blocks)
 
 
+def _num_draws(dim: int) -> int:
+    """Enough for Stein's least squares: from 2,048 draws they found errors of .12 sds in good fits of 90 dimensions,
+    from 8,192 of .02. Beyond D = 256 the least squares are small, and scores dear.
+    """
+    return max(_MIN_DRAWS, min(_MAX_DRAWS, _DRAWS_PER_DIM * dim)) if dim <= 256 else _MIN_DRAWS
+
+
 def _drift(
     target: Target | AnchoredTarget,
     affine: AffineMap,
@@ -129,7 +136,7 @@ def gather_evidence(
     draws. The arguments are those of :func:`assess`, of whose instruments it uses those that look at moments, with
     shorter chains.
     """
-    sample = family.rsample(_NUM_DRAWS)
+    sample = family.rsample(_num_draws(target.dim))
     x = affine.forward(sample.x)
     num_blocks = _NUM_MINIBATCHES if target.is_subsampled else 1
     try:
