@@ -293,10 +293,10 @@ def test_chains_find_a_narrow_room_that_q_has_no_draws_in():
 def test_chains_stop_where_nothing_is_found_and_go_on_where_something_is():
     p = GaussianTarget(torch.zeros(DIM), torch.eye(DIM))
     x = torch.randn(2048, DIM)
-    assert drift_statistics(p, x).num_trajectories == 8
+    assert drift_statistics(p, x).num_trajectories == 4
     assert drift_statistics(p, x + 0.2).num_trajectories == 32
     assert drift_statistics(p, x + 0.2, max_trajectories=3).num_trajectories == 3
-    assert drift_statistics(p, x + 1.0).num_trajectories == 8
+    assert drift_statistics(p, x + 1.0).num_trajectories == 4
 
 
 def test_the_worst_direction_of_exact_draws_is_not_off():
