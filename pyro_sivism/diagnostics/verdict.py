@@ -176,7 +176,8 @@ def judge(
         found += _mode_findings(modes, name, table)
     if tails is not None:
         found.append(_tail_finding(tails, name, table.tail))
-    found.sort(key=lambda finding: -finding.severity)
+    # Of findings of one level those come first that say what is wrong with which moment, tail or mode.
+    found.sort(key=lambda finding: (-LEVELS.index(finding.level), finding.instrument == "fisher", -finding.severity))
     alarms = tuple(finding for finding in found if finding.level != "good")
     level = alarms[0].level if alarms else "good"
     sentence = alarms[0].text if alarms else _all_clear(stein.coordinates, modes)
@@ -215,11 +216,11 @@ def _moment_findings(
     thresholds: tuple[float, float],
 ) -> list[Finding]:
     """The worst coordinate, and the worst direction unless a coordinate says as much."""
-    size, i = torch.maximum(coordinates.sure_mean.abs(), coordinates.sure_log2_sd.abs()).max(0)
+    size, i = _sizes(coordinates).max(0)
     sites: tuple[str, ...] = (name(int(i)),)
     found = [_finding(instrument, sites, size.item(), thresholds, f"{sites[0]}: {_moment_text(coordinates, int(i))}")]
     if direction is not None:
-        along = max(direction.errors.sure_mean.abs().item(), direction.errors.sure_log2_sd.abs().item())
+        along = _sizes(direction.errors).item()
         if along > _COORDINATE_BONUS * size.item():
             sites, combination = _named(direction.loadings, name)
             text = f"along {combination}: {_moment_text(direction.errors, 0)}"
@@ -243,6 +244,11 @@ def _unjudged(
         f"{drift.num_trajectories} trajectories)"
     )
     return [Finding("drift", (site,), correlation.item(), 1.0, text)]
+
+
+def _sizes(errors: MomentErrors) -> Tensor:
+    """The larger error of mean and sd. Beyond a factor of 3 an sd is wrong, and a mean many sds off is what to name."""
+    return torch.maximum(errors.sure_mean.abs(), errors.sure_log2_sd.abs().clamp(max=math.log2(3.0)))
 
 
 def _moment_text(errors: MomentErrors, i: int) -> str:
