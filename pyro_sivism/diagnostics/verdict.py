@@ -115,6 +115,7 @@ class Verdict:
                 values[f"{name}_log2_sd_max"] = errors.log2_sd.abs().max().item()
         if self.fisher is not None:
             values["fisher_divergence"], values["fisher_divergence_se"] = self.fisher.total, self.fisher.total_se
+            values["fisher_divergence_bulk"] = self.fisher.bulk
         if self.modes is not None:
             values["num_modes"], values["num_lost_modes"] = len(self.modes.modes), len(self.modes.lost)
         if self.tails is not None:
