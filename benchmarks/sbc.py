@@ -312,7 +312,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         num_rows, columns, figsize=(2.3 * columns, 1.9 * num_rows), squeeze=False, sharex=True, sharey=True
     )
     at = torch.arange(1, NUM_DRAWS + 1) / (NUM_DRAWS + 1)
-    for axis, (key, ranks) in zip(axes.flat, everything.items()):
+    for i, (axis, (key, ranks)) in enumerate(zip(axes.flat, everything.items())):
         for level, shade in ((BAND_LEVEL / len(everything), "0.9"), (BAND_LEVEL, "0.78")):
             fewest, most = uniformity(len(ranks)).band(level)
             edges = (fewest / len(ranks) - at, most / len(ranks) - at)
@@ -321,7 +321,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             if of:
                 axis.plot(at, below(torch.tensor(of)) / len(of) - at, drawstyle="steps-mid", **style)
         axis.set_title("\n".join(key), fontsize=8)
-        axis.tick_params(labelsize=7)
+        axis.tick_params(labelsize=7, labelbottom=i + columns >= len(everything))
     for axis in axes.flat[len(everything) :]:
         axis.set_visible(False)
     figure.supxlabel("rank / (L + 1)", fontsize=8)
