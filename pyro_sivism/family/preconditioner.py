@@ -267,10 +267,11 @@ class BatchAndMatch:
         terms, as of log gamma functions at arguments of 1e9 in float32, it is nothing but rounding, of thousands of
         nats to either side, and the highest of many estimates would be one of those.
         """
+        # The same for all: what is compared differs by less, and how many there are leaves later draws as they are.
+        noise = torch.randn(self.elbo_draws, target.dim, dtype=torch.double, device=ends.points.device)
         best, best_elbo, best_bound = None, -math.inf, -math.inf
         for climb in climbs:
             for candidate in climb.gaussians(self.candidates_per_path):
-                noise = torch.randn(self.elbo_draws, target.dim, dtype=torch.double, device=candidate.loc.device)
                 log_density, _ = target(candidate.forward(noise))
                 elbo, error = _elbo(log_density, noise, candidate)
                 if elbo - _NUM_ERRORS * error > best_bound:

@@ -13,6 +13,7 @@ from torch.distributions import Independent, MultivariateNormal, Normal, kl_dive
 from pyro_sivism.errors import ArgumentError
 from pyro_sivism.family import AffineMap, BatchAndMatch, FixedGaussian, GaussianFit
 from pyro_sivism.family.matching import batch_and_match_update, match
+from pyro_sivism.family.preconditioner import _Ends
 from pyro_sivism.family.scored_target import ScoredTarget
 from tests.statistical.oracle import GaussianTarget, random_covariance
 
@@ -463,7 +464,8 @@ def test_rounding_is_not_taken_for_a_high_elbo():
     """Of 50 means of noise one is the highest always; that one is 4 standard errors up happens in one seed of 30."""
     torch.manual_seed(0)
     target = ScoredTarget(Rounded(torch.zeros(3), torch.eye(3)))
-    best, elbo = BatchAndMatch()._best_by_elbo(target, [Candidates()], ends=None)
+    ends = _Ends(torch.zeros(1, 3), torch.zeros(1), torch.zeros(1, 3))
+    best, elbo = BatchAndMatch()._best_by_elbo(target, [Candidates()], ends)
     assert best.loc.tolist() == [0.0, 0.0, 0.0]
     # log 1.1^3 + 3/2 (1 - 1.1^2) from 16 draws, whose log ratios have sd sqrt(3/2) (1.1^2 - 1): 5 standard errors.
     assert elbo == pytest.approx(3 * math.log(1.1) + 1.5 * (1 - 1.21), abs=0.33)
