@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pyro_sivism.diagnostics import (
     DriftStatistics,
     FisherStatistics,
+    MomentErrors,
     Verdict,
     drift_statistics,
     find_modes,
@@ -22,10 +23,11 @@ from pyro_sivism.diagnostics import (
     stein_statistics,
     tail_indices,
 )
+from pyro_sivism.diagnostics.moments import NUM_STANDARD_ERRORS
 from pyro_sivism.errors import ArgumentError, NonFiniteError
 from pyro_sivism.family import AffineMap, GaussianFit, SemiImplicit
 from pyro_sivism.objectives import Objective
-from pyro_sivism.stopping import Evidence
+from pyro_sivism.stopping import Evidence, StoppingRule
 from pyro_sivism.target import Target
 from pyro_sivism.target.anchored import AnchoredTarget
 
@@ -37,6 +39,7 @@ _NUM_CHAINS = 512
 _NUM_LARGE_CHAINS = 256  # beyond D = 256, where each of their steps costs more: more than the fit otherwise
 _NUM_TRAJECTORIES, _NUM_EVIDENCE_TRAJECTORIES = 32, 4  # at most
 _NUM_MINIBATCHES = 16
+_LARGE = 0.5  # sds, or log2 of an sd
 _MAX_MODE_SEARCH_DIM = 256  # beyond, climbs from everywhere cost more than the fit
 
 
@@ -130,22 +133,39 @@ def _scores(target: Target | AnchoredTarget, x: Tensor, num_blocks: int) -> Tens
 
 @torch.no_grad()
 def gather_evidence(
-    target: Target | AnchoredTarget, affine: AffineMap, family: SemiImplicit, objective: Objective, num_steps: int
+    target: Target | AnchoredTarget,
+    affine: AffineMap,
+    family: SemiImplicit,
+    objective: Objective,
+    num_steps: int,
+    rule: StoppingRule,
 ) -> Evidence:
     """How far q is from the posterior after ``num_steps`` steps; infinitely far where the target is not finite at most
-    draws. The arguments are those of :func:`assess`, of whose instruments it uses those that look at moments, with
-    shorter chains.
+    draws. The other arguments are those of :func:`assess`, of whose instruments it uses those that look at moments:
+    chains, which are dear, are short, and there are none where the run will go on whatever they find.
     """
     sample = family.rsample(_num_draws(target.dim))
     x = affine.forward(sample.x)
     num_blocks = _NUM_MINIBATCHES if target.is_subsampled else 1
     try:
         score = _scores(target, x, num_blocks)
-        errors = [stein_statistics(x, score, num_blocks=num_blocks).coordinates]
+        moment_error = _largest(stein_statistics(x, score, num_blocks=num_blocks).coordinates)
         fisher = _fisher(target, affine, objective.critic, objective, sample.x, x, score, sample.conditional_score)
-        if not target.is_subsampled:
-            errors.append(_drift(target, affine, family, x, _NUM_EVIDENCE_TRAJECTORIES).coordinates)
+        if not target.is_subsampled and rule.may_end(moment_error, fisher.bulk):
+            drift = _drift(target, affine, family, x, _NUM_EVIDENCE_TRAJECTORIES)
+            moment_error = max(moment_error, _largest(drift.coordinates))
     except (ArgumentError, NonFiniteError):  # too few draws left, or no spread in them
         return Evidence(num_steps, moment_error=math.inf, divergence=math.inf)
-    worst = max(float(torch.maximum(each.sure_mean.abs(), each.sure_log2_sd.abs()).max()) for each in errors)
-    return Evidence(num_steps, moment_error=worst, divergence=fisher.bulk)
+    return Evidence(num_steps, moment_error=moment_error, divergence=fisher.bulk)
+
+
+def _largest(errors: MomentErrors) -> float:
+    """The largest error, beyond what chance makes the largest of 2 K: ``sqrt(2 log 4K)`` standard errors.
+
+    A run would go on for that much alone, in a hundred dimensions to its most steps. A large error is one whatever its
+    standard error, which may be as large where q is far off.
+    """
+    sure = torch.cat([errors.sure_mean, errors.sure_log2_sd]).abs()
+    se = torch.cat([errors.mean_se, errors.log2_sd_se])
+    chance = max(0.0, math.sqrt(2.0 * math.log(2.0 * len(sure))) - NUM_STANDARD_ERRORS) * se
+    return torch.where(sure > _LARGE, sure, (sure - chance).clamp(min=0.0)).max().item()

@@ -467,7 +467,7 @@ class SIVISM:
         goes_on = is_noisy or training.num_steps > 0 or self._gaussian_fit is None or bool(self.target.params())
         rule = StoppingRule(self.target.dim, training.recipe.max_steps, goes_on=goes_on)
         while True:
-            found = self._gather_evidence(training)
+            found = self._gather_evidence(training, rule)
             evidence.append(found)
             length = rule.next_cycle(found, is_moving=is_noisy or bool(training.drifting_model_params()))
             if rule.last_is_best:
@@ -481,12 +481,12 @@ class SIVISM:
             training.restore(best)
         return False
 
-    def _gather_evidence(self, training: Training) -> Evidence:
+    def _gather_evidence(self, training: Training, rule: StoppingRule) -> Evidence:
         """Where the fit stands; the same on all ranks."""
         target = self.target if self._anchored is None else self._anchored
         with self._timed("evidence"), self.ranks.same_random_numbers():
             found = gather_evidence(
-                target, self.guide.affine, training.averaged, training.objective, training.num_steps
+                target, self.guide.affine, training.averaged, training.objective, training.num_steps, rule
             )
         numbers = torch.tensor([found.moment_error, found.divergence], dtype=torch.double)
         self._together(self.ranks.broadcast_, [numbers])

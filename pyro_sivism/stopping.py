@@ -20,9 +20,11 @@ from dataclasses import dataclass
 __all__ = ["Evidence", "StoppingRule"]
 
 _FIRST_CYCLE = 300
-_SMALL_DIVERGENCE = 0.2  # times D / 32 beyond 32 dimensions, as in the verdict
+_SMALL_DIVERGENCE, _SMALL_PER_DIM = 0.2, 0.02  # whichever is more: spread over many dimensions it shows in none
 _SMALL_MOMENT_ERROR = 0.05  # sds, or log2 of an sd
-_TOLERABLE = 3.5  # times what is small: beyond, the verdict is not good, and errors may yet come down late
+# Beyond, the verdict is not good, and errors may yet come down late: times what is small, and a divergence of the
+# verdict's own threshold, 1, or D / 32 beyond 32 dimensions.
+_TOLERABLE = 3.5
 _MATCHED_DIVERGENCE = (0.5 * _SMALL_MOMENT_ERROR) ** 2  # of a Gaussian whose mean is off by half as much
 _GAIN = 0.1
 
@@ -33,7 +35,8 @@ class Evidence:
 
     Attributes:
         num_steps: steps taken when it was gathered, in all runs.
-        moment_error: the largest error of a mean in posterior sds, or of an sd in log2, beyond two standard errors.
+        moment_error: the largest error of a mean in posterior sds, or of an sd in log2, beyond what chance makes the
+            largest of so many.
         divergence: the Fisher divergence in the whitened space, by the trained critic, but for the draws furthest off
             (:attr:`~pyro_sivism.diagnostics.FisherStatistics.bulk`).
     """
@@ -64,7 +67,8 @@ class StoppingRule:
 
     def __init__(self, dim: int, max_steps: int, *, goes_on: bool = False) -> None:
         self.max_steps, self._goes_on = max_steps, goes_on
-        self._small_divergence = _SMALL_DIVERGENCE * max(1.0, dim / 32.0)
+        self._small_divergence = max(_SMALL_DIVERGENCE, _SMALL_PER_DIM * dim)
+        self._tolerable_divergence = min(_TOLERABLE * self._small_divergence, max(1.0, dim / 32.0))
         self._num_steps = 0
         self._best: Evidence | None = None
         self._last: Evidence | None = None
@@ -73,6 +77,10 @@ class StoppingRule:
     def last_is_best(self) -> bool:
         """Whether the q of the last evidence is the one to keep so far: unless one before was clearly better."""
         return self._best is self._last
+
+    def may_end(self, moment_error: float, divergence: float) -> bool:
+        """Whether a run might end with such a q: both are tolerable."""
+        return divergence <= self._tolerable_divergence and moment_error <= _TOLERABLE * _SMALL_MOMENT_ERROR
 
     def next_cycle(self, evidence: Evidence, *, is_moving: bool = False) -> int:
         """How many steps to go on for after this evidence; 0 to end.
@@ -83,10 +91,10 @@ class StoppingRule:
                 scores are too noisy to say that anything is enough.
         """
         if self._last is None:
-            is_enough = not self._goes_on and _is_within(evidence, _MATCHED_DIVERGENCE)
+            is_enough = not self._goes_on and _is_settled(evidence, _MATCHED_DIVERGENCE)
             length = 0 if is_enough else _FIRST_CYCLE
         else:
-            is_enough = _is_within(evidence, self._small_divergence) or self._has_stalled(evidence)
+            is_enough = _is_settled(evidence, self._small_divergence) or self._has_stalled(evidence)
             length = 0 if is_enough and not is_moving else self._num_steps
         if is_moving or self._best is None or not self._is_clearly_worse(evidence, self._best):
             self._best = evidence
@@ -102,22 +110,21 @@ class StoppingRule:
         with thin tails doubles and halves.
         """
         moment_error = max(best.moment_error, _TOLERABLE * _SMALL_MOMENT_ERROR)
-        divergence = max(best.divergence, _TOLERABLE * self._small_divergence)
+        divergence = max(best.divergence, self._tolerable_divergence)
         return evidence.moment_error > 1.5 * moment_error or evidence.divergence > 3.0 * divergence
 
     def _has_stalled(self, evidence: Evidence) -> bool:
         """The first cycle may well end with larger errors than the Gaussian's, which the next ones make good."""
         if self._last is None or self._num_steps == _FIRST_CYCLE:
             return False
-        is_tolerable = _is_within(evidence, _TOLERABLE * self._small_divergence, _TOLERABLE * _SMALL_MOMENT_ERROR)
-        return is_tolerable and not _gains(evidence, self._last)
+        return self.may_end(evidence.moment_error, evidence.divergence) and not self._gains(evidence, self._last)
+
+    def _gains(self, evidence: Evidence, last: Evidence) -> bool:
+        """Whether a cycle has brought something: smaller errors of moments, or a smaller divergence, that matter."""
+        error, last_error = (max(each.moment_error, _SMALL_MOMENT_ERROR) for each in (evidence, last))
+        divergence, last_divergence = (max(each.divergence, self._small_divergence) for each in (evidence, last))
+        return error <= (1.0 - _GAIN) * last_error or divergence <= (1.0 - _GAIN) * last_divergence
 
 
-def _is_within(evidence: Evidence, divergence: float, moment_error: float = _SMALL_MOMENT_ERROR) -> bool:
-    return evidence.moment_error <= moment_error and evidence.divergence <= divergence
-
-
-def _gains(evidence: Evidence, last: Evidence) -> bool:
-    """Whether a cycle has brought something: smaller errors of moments that matter, or a smaller divergence."""
-    error, last_error = (max(each.moment_error, _SMALL_MOMENT_ERROR) for each in (evidence, last))
-    return error <= (1.0 - _GAIN) * last_error or evidence.divergence <= (1.0 - _GAIN) * last.divergence
+def _is_settled(evidence: Evidence, small_divergence: float) -> bool:
+    return evidence.moment_error <= _SMALL_MOMENT_ERROR and evidence.divergence <= small_divergence

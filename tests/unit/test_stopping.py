@@ -42,8 +42,16 @@ def test_a_run_does_not_end_where_its_verdict_would_be_bad():
     assert cycles(*[(0.02, 2.0)] * 5) == [300, 300, 600, 1200, 0]
 
 
+def test_a_run_may_end_where_both_are_tolerable():
+    rule = StoppingRule(10, 2400)
+    assert rule.may_end(*NEAR)
+    assert not rule.may_end(0.02, 0.8)
+    assert not rule.may_end(0.2, 0.1)
+
+
 def test_noise_of_errors_too_small_to_matter_is_no_gain():
     assert cycles(FAR, (0.04, 0.6), (0.0, 0.6)) == [300, 300, 0]
+    assert cycles(FAR, (0.1, 0.2), (0.1, 0.01)) == [300, 300, 0]
 
 
 def test_a_gaussian_that_is_the_posterior_takes_no_step_unless_it_is_to_go_on():
@@ -56,6 +64,9 @@ def test_a_gaussian_that_is_the_posterior_takes_no_step_unless_it_is_to_go_on():
 def test_divergences_are_small_in_proportion_to_the_dimension():
     assert cycles(FAR, (0.02, 0.5), dim=10) == [300, 300]
     assert cycles(FAR, (0.02, 0.5), dim=96) == [300, 0]
+    # 96 dimensions: 1.92 is small, and 3 tolerable
+    assert cycles(FAR, (0.1, 2.5), (0.1, 2.5), dim=96) == [300, 300, 0]
+    assert cycles(FAR, (0.1, 3.5), (0.1, 3.5), dim=96) == [300, 300, 600]
 
 
 def test_a_posterior_that_moves_is_followed():
