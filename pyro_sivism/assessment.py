@@ -149,11 +149,12 @@ def gather_evidence(
     num_blocks = _NUM_MINIBATCHES if target.is_subsampled else 1
     try:
         score = _scores(target, x, num_blocks)
-        moment_error = _largest(stein_statistics(x, score, num_blocks=num_blocks).coordinates)
+        errors = stein_statistics(x, score, num_blocks=num_blocks).coordinates
+        moment_error = _largest(errors)
         fisher = _fisher(target, affine, objective.critic, objective, sample.x, x, score, sample.conditional_score)
-        if not target.is_subsampled and rule.may_end(moment_error, fisher.bulk):
+        if not target.is_subsampled and moment_error < _LARGE and rule.is_tolerable(fisher.bulk):
             drift = _drift(target, affine, family, x, _NUM_EVIDENCE_TRAJECTORIES)
-            moment_error = max(moment_error, _largest(drift.coordinates))
+            moment_error = max(_largest(drift.limit(errors)), _largest(drift.coordinates))
     except (ArgumentError, NonFiniteError):  # too few draws left, or no spread in them
         return Evidence(num_steps, moment_error=math.inf, divergence=math.inf)
     return Evidence(num_steps, moment_error=moment_error, divergence=fisher.bulk)

@@ -78,9 +78,9 @@ class StoppingRule:
         """Whether the q of the last evidence is the one to keep so far: unless one before was clearly better."""
         return self._best is self._last
 
-    def may_end(self, moment_error: float, divergence: float) -> bool:
-        """Whether a run might end with such a q: both are tolerable."""
-        return divergence <= self._tolerable_divergence and moment_error <= _TOLERABLE * _SMALL_MOMENT_ERROR
+    def is_tolerable(self, divergence: float) -> bool:
+        """Whether a run might end with such a divergence."""
+        return divergence <= self._tolerable_divergence
 
     def next_cycle(self, evidence: Evidence, *, is_moving: bool = False) -> int:
         """How many steps to go on for after this evidence; 0 to end.
@@ -117,7 +117,10 @@ class StoppingRule:
         """The first cycle may well end with larger errors than the Gaussian's, which the next ones make good."""
         if self._last is None or self._num_steps == _FIRST_CYCLE:
             return False
-        return self.may_end(evidence.moment_error, evidence.divergence) and not self._gains(evidence, self._last)
+        is_tolerable = self.is_tolerable(evidence.divergence) and (
+            evidence.moment_error <= _TOLERABLE * _SMALL_MOMENT_ERROR
+        )
+        return is_tolerable and not self._gains(evidence, self._last)
 
     def _gains(self, evidence: Evidence, last: Evidence) -> bool:
         """Whether a cycle has brought something: smaller errors of moments, or a smaller divergence, that matter."""

@@ -13,7 +13,7 @@ so that ``log2_sd = -1`` is an sd half as large as it should be.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -73,6 +73,18 @@ class MomentErrors:
             log2_sd_se=change_se / (2.0 * math.log(2.0) * variance),
             sure_mean=-_shrink(first, first_se) / sure_variance.sqrt(),
             sure_log2_sd=-0.5 * sure_variance.log2(),
+        )
+
+    def limited(self, other: MomentErrors, where: Tensor) -> MomentErrors:
+        """These errors, in the directions of ``where (K,)`` no larger than the other's with two standard errors."""
+        mean = torch.where(where, other.mean.abs() + NUM_STANDARD_ERRORS * other.mean_se, torch.inf)
+        log2_sd = torch.where(where, other.log2_sd.abs() + NUM_STANDARD_ERRORS * other.log2_sd_se, torch.inf)
+        return replace(
+            self,
+            mean=self.mean.clamp(-mean, mean),
+            log2_sd=self.log2_sd.clamp(-log2_sd, log2_sd),
+            sure_mean=self.sure_mean.clamp(-mean, mean),
+            sure_log2_sd=self.sure_log2_sd.clamp(-log2_sd, log2_sd),
         )
 
 

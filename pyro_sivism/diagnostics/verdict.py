@@ -153,7 +153,8 @@ def judge(
     """
     table = Thresholds() if thresholds is None else thresholds
     name = _namer(labels)
-    found = _moment_findings("stein", stein.coordinates, stein.direction, name, table.moment)
+    stein_errors = stein.coordinates if drift is None else drift.limit(stein.coordinates)
+    found = _moment_findings("stein", stein_errors, stein.direction, name, table.moment)
     num_draws = stein.num_draws + stein.num_nonfinite
     found.append(
         _finding(

@@ -84,7 +84,9 @@ class AffineMap(NamedTuple):
         """``x (*batch, D)`` -> whitened ``y``."""
         centered = x - self.loc
         if self.is_dense:
-            return torch.linalg.solve_triangular(self.scale_tril, centered[..., None], upper=False)[..., 0]
+            # One matrix on the right: with a batch of vectors there, A would be copied for each of them.
+            columns = centered.reshape(-1, centered.shape[-1]).mT
+            return torch.linalg.solve_triangular(self.scale_tril, columns, upper=False).mT.reshape(centered.shape)
         undone = None if self.stretches is None else -self.stretches / (1.0 + self.stretches)
         return self._stretch(centered / self.scale_tril, undone)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -288,6 +289,19 @@ def test_chains_find_a_narrow_room_that_q_has_no_draws_in():
     ):
         assert abs(value - truth) < NUM_STANDARD_ERRORS * se + 0.2 * abs(truth)
     assert errors.sure_log2_sd[0] < -0.17
+
+
+def test_chains_that_forget_limit_what_others_found():
+    p = GaussianTarget(torch.zeros(2), torch.eye(2))
+    drift = drift_statistics(p, torch.randn(2048, 2))
+    two = torch.ones(2)
+    found = MomentErrors(0.6 * two, 0.01 * two, -0.4 * two, 0.01 * two, 0.58 * two, -0.38 * two)
+    limited = drift.limit(found)
+    bound = drift.coordinates.mean.abs() + 2 * drift.coordinates.mean_se
+    torch.testing.assert_close(limited.sure_mean, bound)
+    assert (limited.sure_log2_sd > -0.2).all()
+    slow = replace(drift, correlation=torch.tensor([0.1, 0.9]))
+    assert slow.limit(found).sure_mean[1] == found.sure_mean[1]
 
 
 def test_chains_stop_where_nothing_is_found_and_go_on_where_something_is():

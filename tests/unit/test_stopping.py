@@ -42,11 +42,11 @@ def test_a_run_does_not_end_where_its_verdict_would_be_bad():
     assert cycles(*[(0.02, 2.0)] * 5) == [300, 300, 600, 1200, 0]
 
 
-def test_a_run_may_end_where_both_are_tolerable():
-    rule = StoppingRule(10, 2400)
-    assert rule.may_end(*NEAR)
-    assert not rule.may_end(0.02, 0.8)
-    assert not rule.may_end(0.2, 0.1)
+def test_a_divergence_is_tolerable_up_to_the_verdicts_threshold():
+    assert StoppingRule(10, 2400).is_tolerable(0.7)
+    assert not StoppingRule(10, 2400).is_tolerable(0.8)
+    assert StoppingRule(96, 2400).is_tolerable(3.0)
+    assert not StoppingRule(96, 2400).is_tolerable(3.1)
 
 
 def test_noise_of_errors_too_small_to_matter_is_no_gain():
