@@ -42,7 +42,7 @@ _NUM_PILOTS = 256
 _MAX_HALVINGS = 6
 # The acceptance for which steps are halved, and the one that is enough once more steps would cut trajectories short.
 _WANTED_ACCEPTANCE, _ENOUGH_ACCEPTANCE = 0.92, 0.7
-_FIRST_TRAJECTORIES, _MAX_TRAJECTORIES = 4, 32
+_FIRST_TRAJECTORIES, _MAX_TRAJECTORIES = 8, 32
 _FORGOTTEN = 0.4  # a correlation with the starts
 _NOTHING, _CERTAIN = 0.05, 0.5  # errors beyond two standard errors between which more trajectories may tell more
 _MAX_CORRELATION = 0.8  # up to which changes are extrapolated; beyond it the verdict vouches for nothing

@@ -32,9 +32,10 @@ class Thresholds:
 
     Attributes:
         moment: the error of a mean in posterior sds, or of an sd in log2, beyond two standard errors.
-        fisher: the Fisher divergence of the bulk of the draws beyond two standard errors, in the frame of q; times
-            D / 32 beyond D = 32, where as much is spread over more directions and the errors of the moments say which
-            is wrong.
+        fisher: the Fisher divergence beyond two standard errors, in the frame of q; times D / 32 beyond D = 32, where
+            as much is spread over more directions and the errors of the moments say which is wrong. That of all draws
+            makes a fit suspect, as the ends of a curved ridge show nowhere else, but only that of their bulk makes it
+            bad: a few draws beyond a wall of p have huge scores.
         mode: the share of the mass in a lost mode.
         weight: how far the weights of separate modes are off, their total variation distance.
         tail: one over the tail index, which is the degrees of freedom of a Student-t tail; at 2 its variance is
@@ -282,13 +283,15 @@ def _named(loadings: Tensor, name: Callable[[int], str]) -> tuple[tuple[str, ...
 
 
 def _fisher_finding(fisher: FisherStatistics, name: Callable[[int], str], thresholds: tuple[float, float]) -> Finding:
-    size = fisher.bulk - NUM_STANDARD_ERRORS * fisher.bulk_se
+    factor = max(1.0, len(fisher.coordinates) / 32.0)
+    suspect, bad = factor * thresholds[0], factor * thresholds[1]
+    bulk = fisher.bulk - NUM_STANDARD_ERRORS * fisher.bulk_se
+    total = fisher.total - NUM_STANDARD_ERRORS * fisher.total_se
     site = name(int(fisher.coordinates.argmax()))
     text = (
-        f"the scores of q and of the model differ by {fisher.bulk:.2g} (mean square, where q has sd 1), most in {site}"
+        f"the scores of q and of the model differ by {fisher.total:.2g} (mean square, where q has sd 1), most in {site}"
     )
-    factor = max(1.0, len(fisher.coordinates) / 32.0)
-    return _finding("fisher", (site,), size, (factor * thresholds[0], factor * thresholds[1]), text)
+    return _finding("fisher", (site,), max(bulk, min(total, 0.99 * bad)), (suspect, bad), text)
 
 
 def _tail_finding(tails: TailIndices, name: Callable[[int], str], thresholds: tuple[float, float]) -> Finding:

@@ -307,10 +307,10 @@ def test_chains_that_forget_limit_what_others_found():
 def test_chains_stop_where_nothing_is_found_and_go_on_where_something_is():
     p = GaussianTarget(torch.zeros(DIM), torch.eye(DIM))
     x = torch.randn(2048, DIM)
-    assert drift_statistics(p, x).num_trajectories == 4
+    assert drift_statistics(p, x).num_trajectories == 8
     assert drift_statistics(p, x + 0.2).num_trajectories == 32
     assert drift_statistics(p, x + 0.2, max_trajectories=3).num_trajectories == 3
-    assert drift_statistics(p, x + 1.0).num_trajectories == 4
+    assert drift_statistics(p, x + 1.0).num_trajectories == 8
 
 
 def test_the_worst_direction_of_exact_draws_is_not_off():
@@ -564,11 +564,16 @@ def test_verdict_takes_the_worst_of_all_instruments():
     assert "x[2] by -5.0 sds" in verdict.findings[1].text
 
 
-def test_a_thin_tail_alone_is_no_finding():
-    """A few draws make up the total; what it is without them counts, beyond its noise."""
+def test_a_thin_tail_alone_is_suspect_and_never_bad():
+    """A few draws may make up the total: only what it is without them, beyond its noise, makes a fit bad."""
     coordinates = torch.tensor([0.1, 0.0, 0.0])
-    for bulk, bulk_se, level in ((0.1, 0.01, "good"), (1.5, 0.5, "good"), (1.5, 0.1, "suspect")):
-        fisher = FisherStatistics(20.0, 1.0, bulk, bulk_se, coordinates)
+    for total, bulk, bulk_se, level in (
+        (0.9, 0.1, 0.01, "good"),
+        (2000.0, 0.1, 0.01, "suspect"),
+        (2000.0, 15.0, 3.0, "suspect"),
+        (20.0, 15.0, 0.1, "bad"),
+    ):
+        fisher = FisherStatistics(total, 0.1, bulk, bulk_se, coordinates)
         assert judge(statistics_of(), fisher=fisher).level == level
 
 
