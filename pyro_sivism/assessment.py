@@ -36,7 +36,7 @@ __all__ = ["assess", "gather_evidence"]
 _MIN_DRAWS, _MAX_DRAWS, _DRAWS_PER_DIM = 2048, 8192, 64
 _NUM_UNSCORED_DRAWS = 6144  # which cost nothing: what chains are compared with is then known better than they are
 _NUM_CHAINS = 512
-_NUM_LARGE_CHAINS = 256  # beyond D = 256, where each of their steps costs more: more than the fit otherwise
+_NUM_LARGE_CHAINS = 96  # beyond D = 256, where each of their steps costs more: more than the fit otherwise
 _NUM_TRAJECTORIES, _NUM_EVIDENCE_TRAJECTORIES = 32, 4  # at most
 _NUM_MINIBATCHES = 16
 _LARGE = 0.5  # sds, or log2 of an sd
