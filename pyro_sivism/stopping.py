@@ -117,9 +117,8 @@ class StoppingRule:
         """The first cycle may well end with larger errors than the Gaussian's, which the next ones make good."""
         if self._last is None or self._num_steps == _FIRST_CYCLE:
             return False
-        is_tolerable = self.is_tolerable(evidence.divergence) and (
-            evidence.moment_error <= _TOLERABLE * _SMALL_MOMENT_ERROR
-        )
+        is_moment_tolerable = evidence.moment_error <= _TOLERABLE * _SMALL_MOMENT_ERROR
+        is_tolerable = is_moment_tolerable and self.is_tolerable(evidence.divergence)
         return is_tolerable and not self._gains(evidence, self._last)
 
     def _gains(self, evidence: Evidence, last: Evidence) -> bool:

@@ -473,23 +473,23 @@ def test_enumerable_sites_are_left_to_the_model():
 
 
 @pytest.mark.parametrize(
-    ("conditional", "kind"),
+    ("conditional", "kind", "num_outputs"),  # means and gates, and scales where they depend on z
     [
-        (None, DiagonalNormal),
-        (LowRankNormal, LowRankNormal),
-        (functools.partial(LowRankNormal, rank=2), LowRankNormal),
-        (functools.partial(DiagonalNormal, scale_depends_on_z=False), DiagonalNormal),
+        (None, DiagonalNormal, 3),
+        (LowRankNormal, LowRankNormal, 2),
+        (functools.partial(LowRankNormal, rank=2), LowRankNormal, 2),
+        (functools.partial(DiagonalNormal, scale_depends_on_z=False), DiagonalNormal, 2),
+        (functools.partial(DiagonalNormal, gated=False), DiagonalNormal, 2),
     ],
-    ids=["default", "class", "partial", "constant_scale"],
+    ids=["default", "class", "partial", "constant_scale", "not_gated"],
 )
-def test_conditional_by_class_or_factory(conditional, kind):
+def test_conditional_by_class_or_factory(conditional, kind, num_outputs):
     guide = SemiImplicitGuide(structured_model, conditional=conditional, mixing_dim=2, hidden_dims=[5]).setup()
     made = guide.family.conditional
     assert isinstance(made, kind)
     assert (made.dim, made.mixing_dim) == (guide.latent_dim, 2)
     widths = [m.out_features for m in made.loc_scale.net if isinstance(m, nn.Linear)]
-    assert widths[0] == 5
-    assert widths[1] % guide.latent_dim == 0
+    assert widths == [5, num_outputs * guide.latent_dim]
     assert shapes(guide()) == SHAPES
 
 

@@ -563,7 +563,7 @@ def test_updates_are_begun_anew_while_the_gaussian_is_far_and_nearing():
     once, often = (_seeded_fit(LogGamma(), num_steps=8, max_rounds=rounds) for rounds in (1, 3))
     assert once.discrepancy > 0.4
     assert often.discrepancy < once.discrepancy
-    assert often.elbo > once.elbo + 0.2
+    assert often.elbo > once.elbo + 0.5
     assert often.num_evaluations > once.num_evaluations
 
 
