@@ -1,7 +1,8 @@
 """From a fit to ArviZ: every group that ``az.summary``, ``az.loo``, ``az.plot_ppc`` and their kin read.
 
 This is the one module that touches ArviZ. It builds the groups as xarray datasets and hands them to what the
-installed ArviZ calls its container: ``arviz.InferenceData`` up to 0.2x, ``xarray.DataTree`` from 1.0 on.
+installed ArviZ calls its container: ``arviz.InferenceData`` up to 0.2x, ``xarray.DataTree`` from 1.0 on. It imports it
+where it first needs it: ArviZ and xarray take three seconds, more than many a fit.
 """
 
 from __future__ import annotations
@@ -11,11 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
-import arviz
 import numpy as np
 import pyro
 import torch
-import xarray
 from torch import Tensor, nn
 
 from pyro_sivism.errors import ArgumentError, NotSetUpError, SivismWarning
@@ -29,6 +28,8 @@ from pyro_sivism.version import __version__
 from pyro_sivism.warn import warn
 
 if TYPE_CHECKING:
+    import xarray
+
     from pyro_sivism.sivism import SIVISM
 
 __all__ = ["effective_sample_size", "split_keywords", "to_inference_data"]
@@ -197,6 +198,9 @@ _OPTIONS = frozenset(
 
 def effective_sample_size(chains: np.ndarray) -> np.ndarray:
     """How many independent draws would estimate the means of K quantities as well as ``chains (C, S, K)`` do: (K,)."""
+    import arviz
+    import xarray
+
     dataset = xarray.Dataset({"quantity": (("chain", "draw", "k"), chains)})
     return arviz.ess(dataset, method="mean")["quantity"].values
 
@@ -331,6 +335,9 @@ def _fit_attrs(sivism: SIVISM) -> dict[str, Any]:
 
 def _container(groups: Mapping[str, xarray.Dataset], fit_attrs: Mapping[str, Any]) -> Any:
     """The non-empty groups in what the installed ArviZ works on."""
+    import arviz
+    import xarray
+
     attrs = {
         "created_at": datetime.now(timezone.utc).isoformat(),
         "creation_library": "pyro_sivism",

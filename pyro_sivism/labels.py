@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import xarray
 from torch import Tensor
 
 from pyro_sivism.errors import ArgumentError
 from pyro_sivism.layout import LatentLayout
 from pyro_sivism.sites import Site
+
+if TYPE_CHECKING:
+    import xarray
 
 __all__ = ["Labels", "as_numpy"]
 
@@ -75,6 +77,8 @@ class Labels:
     def _build(
         self, values: Mapping[str, Tensor | np.ndarray], dims: Mapping[str, tuple[str, ...]], sampled: bool
     ) -> xarray.Dataset:
+        import xarray  # not with the package, which most fits would wait for
+
         variables: dict[str, tuple] = {}
         sizes: dict[str, int] = {}
         for name, value in values.items():

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from pyro_sivism.target.batch_graph import BatchGraph, sizes_in, unused_size
+from pyro_sivism.target.broadcasts import expand_late, factor_out
 from pyro_sivism.target.functorch import functorch_ready
 from pyro_sivism.target.graph import is_random, simplify
 from pyro_sivism.target.paths import agree, direction
@@ -113,7 +114,7 @@ class CapturedDensity:
                 log_densities = self._record_model(self._runs.in_plate, points).compile()
             with torch.no_grad():
                 recording = record(_with_score(log_densities), points, *inputs, differentiates=True)
-            recordings.append(simplify(recording))
+            recordings.append(simplify(factor_out(simplify(recording), sizes[-1])))
             used |= sizes_in(recording)
         graph = BatchGraph(recordings, sizes)
         _check_sizes(graph, _points_near(x, sum(sizes)), inputs)
@@ -130,7 +131,7 @@ class CapturedDensity:
         self._versions += [(tensor, tensor._version) for tensor in held if not tensor.requires_grad]
         stored = pyro.get_param_store().named_parameters()
         self._stored_params |= {name: leaf for name, leaf in stored if any(leaf is tensor for tensor in held)}
-        return simplify(recording)
+        return expand_late(simplify(recording))
 
     def _own_inputs(self) -> list[Tensor]:
         """The inputs as objects of their own: a model that also closes over one of its arguments reads two different

@@ -7,12 +7,13 @@ shared and operations on constants done once. :func:`simplify`
    leaves that require a gradient: those stay references, read anew at each replay;
 2. drops operations that change nothing (views to the same shape, ``x + 0``, ``x * 1``, ``x ** 1``);
 3. shares equal operations, and drops those that nothing reads;
-4. writes the Bernoulli log likelihood in 8 operations, backward pass included, where torch takes 30, and a matrix
-   product with one term as a product.
+4. writes the Bernoulli log likelihood in 8 operations, backward pass included, where torch takes 30, a matrix product
+   with one term as a product, and B products with one matrix as one product.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -103,6 +104,9 @@ class _Simplifier:
             self._count_from_front(node)
         elif node.target is aten.bmm.default and _is_outer_product(node):
             node.target = aten.mul.Tensor
+        elif node.target is aten.bmm.default and (product := self._by_shared_matrix(node)) is not None:
+            _replace(node, product)
+            return
         elif node.target is aten.binary_cross_entropy_with_logits.default:
             _replace(node, _bernoulli(self.graph, node))
             return
@@ -178,6 +182,49 @@ class _Simplifier:
         folded.meta = dict(node.meta)
         return folded
 
+    def _by_shared_matrix(self, node: fx.Node) -> fx.Node | None:
+        """``(B, n, k)`` by B times the same ``(k, m)``, which as one product of two matrices reads that once, and for
+        n = 1 takes a fifth of the time; or the same ``(n, k)`` by ``(B, k, 1)``. None if there is no such matrix."""
+        left, right = cast("tuple[fx.Node, fx.Node]", node.args)
+        size, num_rows, num_terms = left.meta["val"].shape
+        num_columns = right.meta["val"].shape[2]
+        with self.graph.inserting_before(node):
+            if (matrix := self._shared_matrix(right)) is not None:
+                rows = self._reshaped(left, size * num_rows, num_terms)
+            elif num_columns == 1 and (matrix := self._shared_matrix(left)) is not None:
+                rows = self._reshaped(right, size, num_terms)
+                matrix = self._made(aten.t.default, matrix.meta["val"].shape[::-1], matrix)
+            else:
+                return None
+            product = self._made(
+                aten.mm.default, (rows.meta["val"].shape[0], matrix.meta["val"].shape[1]), rows, matrix
+            )
+            return _call(self.graph, node, aten.reshape.default, product, list(node.meta["val"].shape))
+
+    def _shared_matrix(self, node: fx.Node) -> fx.Node | None:
+        """The one matrix that B of them are, (k, m); otherwise None."""
+        if node.target in (aten.transpose.int, aten.mT.default) and set(node.args[1:]) in ({1, 2}, {-1, -2}, set()):
+            matrix = self._shared_matrix(cast("fx.Node", node.args[0]))
+            return None if matrix is None else self._made(aten.t.default, matrix.meta["val"].shape[::-1], matrix)
+        if node.target is not aten.expand.default:
+            return None
+        source = cast("fx.Node", node.args[0])
+        shape = source.meta["val"].shape
+        if len(shape) not in (2, 3) or tuple(shape[-2:]) != tuple(node.meta["val"].shape[1:]):
+            return None
+        if len(shape) == 2:
+            return source
+        return self._made(aten.squeeze.dim, shape[1:], source, 0) if shape[0] == 1 else None
+
+    def _reshaped(self, node: fx.Node, *shape: int) -> fx.Node:
+        return self._made(aten.reshape.default, shape, node, list(shape))
+
+    def _made(self, target: Any, shape: Sequence[int], *args: Any) -> fx.Node:
+        """A new operation on these arguments, whose result has that shape, laid out in some way."""
+        node = self.graph.call_function(target, args)
+        node.meta["val"] = args[0].meta["val"]._replace(shape=torch.Size(shape), stride=())
+        return node
+
     def _select_scatter(self, node: fx.Node) -> fx.Node:
         """The same by ``slice_scatter``: through ``vmap``, the derivative of ``select_scatter`` is silently wrong."""
         target, source, dim, index = cast("tuple[fx.Node, fx.Node, int, int]", node.args)
@@ -230,7 +277,7 @@ def _is_outer_product(node: fx.Node) -> bool:
     """Whether a ``bmm`` sums over one term only, ``(N, n, 1)`` by ``(N, 1, m)``, which as a product takes a tenth of
     the time; and whether the product is laid out in memory as the ``bmm``."""
     metas = [argument.meta["val"] for argument in node.all_input_nodes]
-    if len(metas) != 2 or metas[0].shape[2] != 1:
+    if len(metas) != 2 or metas[0].shape[2] != 1 or not all(meta.stride for meta in metas):
         return False
     strides = [[s for s, length in zip(meta.stride, meta.shape) if length > 1] for meta in metas]
     return all(stride == sorted(stride, reverse=True) for stride in strides)

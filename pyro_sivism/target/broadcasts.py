@@ -1,0 +1,274 @@
+"""Work on small tensors before they are broadcast to large ones, not after.
+
+In a plate of N, Pyro expands a distribution's parameters to N, takes the logarithm of one scale N times and divides N
+numbers by it, and a backward pass divides N more before it sums them.
+
+:func:`expand_late` turns ``log(expand(s, [N]))`` into ``expand(log(s), [N])``.
+
+:func:`factor_out` carries what scales a large tensor, a number or a small tensor, as a factor apart from it:
+``sum(-g x / s)`` becomes ``-sum(g x) / s``. Only products: small addends are left where they are, since ``(y - m) - c``
+is not ``y - (m + c)`` where y and m nearly cancel.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import fx
+
+from pyro_sivism.target.graph import drop_unread
+from pyro_sivism.target.recording import Recording, TensorMeta
+
+__all__ = ["expand_late", "factor_out"]
+
+aten = torch.ops.aten
+
+_LARGE = 256  # numbers for each particle, from which an operation on them costs more than one on a few
+_SMALLER = 64  # times, at least, that a factor is smaller than what it scales
+
+
+# --- expansions -----------------------------------------------------------------------------------------
+
+
+def expand_late(recording: Recording) -> Recording:
+    """Let elementwise operations, and softmaxes along dims that are not expanded, work on what is expanded after them;
+    in place. Results keep their values and shapes, but are laid out in memory as an expansion is."""
+    graph = recording.graph
+    if any(node.target is aten.as_strided.default for node in graph.nodes):  # reads the memory as it is laid out
+        return recording
+    for node in list(graph.nodes):
+        if node.op == "call_function" and isinstance(node.meta.get("val"), TensorMeta):
+            _expand_after(graph, node)
+    drop_unread(graph)
+    return recording
+
+
+def _expand_after(graph: fx.Graph, node: fx.Node) -> None:
+    """Replace a node by an expansion of the same operation on smaller arguments, if there are such."""
+    meta: TensorMeta = node.meta["val"]
+    sources = {argument: _source(argument) for argument in node.all_input_nodes}
+    if all(source is argument for argument, source in sources.items()):
+        return
+    with graph.inserting_before(node):
+        if node.target is aten.expand.default:
+            (small,) = sources.values()
+        elif _is_elementwise(node):
+            shape = torch.broadcast_shapes(*map(_shape, sources.values()))
+            if shape.numel() == meta.shape.numel() or not _keeps_type(sources):
+                return
+            small = graph.node_copy(node, sources.__getitem__)
+            small.meta["val"] = meta._replace(shape=shape, stride=())
+        elif node.target in (aten._log_softmax.default, aten._softmax.default):
+            (source,) = sources.values()
+            shape, dim = _shape(source), _from_end(node.args[1], len(meta.shape))
+            if -dim > len(shape) or shape[dim] != meta.shape[dim]:
+                return
+            small = _call(graph, node.target, meta._replace(shape=shape), source, dim, *node.args[2:])
+        else:
+            return
+        expanded = _call(graph, aten.expand.default, meta, small, list(meta.shape))
+    node.replace_all_uses_with(expanded)
+    graph.erase_node(node)
+
+
+def _source(node: fx.Node) -> fx.Node:
+    """What a node expands; otherwise itself."""
+    return node.args[0] if node.target is aten.expand.default else node  # type: ignore[return-value]
+
+
+def _is_elementwise(node: fx.Node) -> bool:
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
+
+
+def _keeps_type(sources: dict[fx.Node, fx.Node]) -> bool:
+    """Whether a result has the same type: a tensor without dims counts less than one with dims in what type that is."""
+    types = {argument.meta["val"].dtype for argument in sources}
+    return len(types) == 1 or all((len(_shape(a)) > 0) == (len(_shape(b)) > 0) for a, b in sources.items())
+
+
+# --- factors --------------------------------------------------------------------------------------------
+
+
+class _Product(NamedTuple):
+    """``number * factor * rest``: a large tensor in parts, the factor small or absent."""
+
+    number: float
+    factor: fx.Node | None
+    rest: fx.Node
+
+
+def factor_out(recording: Recording, batch_size: int) -> Recording:
+    """Carry small factors of large tensors apart from them; in place, with values the same up to rounding.
+
+    Args:
+        recording: of a function of a batch.
+        batch_size: the length that no dim but that of the batch has.
+    """
+    _Factors(recording, batch_size).run()
+    drop_unread(recording.graph)
+    return recording
+
+
+class _Factors:
+    def __init__(self, recording: Recording, batch_size: int) -> None:
+        self.graph, self.constants, self.batch_size = recording.graph, recording.constants, batch_size
+        self._products: dict[fx.Node, _Product] = {}
+
+    def run(self) -> None:
+        for node in list(self.graph.nodes):
+            if node.op != "call_function" or not self._is_floating(node):
+                continue
+            with self.graph.inserting_before(node):
+                result = self._sum(node) if node.target is aten.sum.dim_IntList else self._scaled(node)
+            if result is not None:
+                node.replace_all_uses_with(result)
+
+    def _scaled(self, node: fx.Node) -> fx.Node | None:
+        """The same in one multiplication, whose parts are remembered, or None if the operation does not scale."""
+        if self._size(node) < _LARGE:
+            return None
+        product = self._product(node)
+        if product is None:
+            return None
+        meta = node.meta["val"]
+        if product.factor is None and product.number == -1.0:
+            result = _call(self.graph, aten.neg.default, meta, product.rest)
+        elif product.factor is None and product.number == 1.0:
+            result = product.rest
+        else:
+            result = _call(self.graph, aten.mul.Tensor, meta, product.rest, self._small(product))
+        self._products[result] = product
+        return result
+
+    def _product(self, node: fx.Node) -> _Product | None:
+        """What the operation returns, as a product; None if its arguments have no parts to tell apart."""
+        if node.kwargs:
+            return None
+        if node.target is aten.neg.default:
+            return self._times(self._parts(node.args[0]), -1.0)
+        if node.target in (aten.mul.Tensor, aten.mul.Scalar):
+            a, b = node.args
+            for whole, small in ((a, b), (b, a)):
+                if self._is_whole(whole, node) and (value := self._as_factor(small, node)) is not None:
+                    return self._times(self._parts(whole), value)
+            if self._is_whole(a, node) and self._is_whole(b, node):
+                return self._combined(node, self._parts(a), self._parts(b), aten.mul.Tensor)
+        if node.target is aten.div.Tensor and self._is_whole(node.args[0], node):
+            a, b = node.args
+            if (value := self._as_factor(b, node)) is not None and value != 0.0:
+                return self._times(self._parts(a), self._inverse(value))
+            if self._is_whole(b, node):
+                return self._combined(node, self._parts(a), self._parts(b), aten.div.Tensor)
+        return None
+
+    def _inverse(self, value: float | fx.Node) -> float | fx.Node:
+        return 1.0 / value if isinstance(value, float) else self._like(aten.reciprocal.default, value)
+
+    def _times(self, parts: _Product, by: float | fx.Node) -> _Product:
+        if isinstance(by, float):
+            return parts._replace(number=parts.number * by)
+        factor = by if parts.factor is None else self._like(aten.mul.Tensor, parts.factor, by)
+        return parts._replace(factor=factor)
+
+    def _combined(self, node: fx.Node, a: _Product, b: _Product, operation: Any) -> _Product | None:
+        """``(n f x) op (m g y) = (n op m) (f op g) (x op y)``."""
+        if all(part.factor is None and part.number == 1.0 for part in (a, b)):
+            return None
+        if operation is aten.div.Tensor:
+            inverse = None if b.factor is None else self._like(aten.reciprocal.default, b.factor)
+            b = _Product(1.0 / b.number, inverse, b.rest)
+        product = a if b.factor is None else self._times(a, b.factor)
+        product = product._replace(number=a.number * b.number)
+        if operation is aten.mul.Tensor:
+            for one, other in ((a.rest, b.rest), (b.rest, a.rest)):
+                if (number := self._uniform(one)) is not None:  # as the gradient of a sum is
+                    return product._replace(number=number * product.number, rest=other)
+        return product._replace(rest=_call(self.graph, operation, node.meta["val"], a.rest, b.rest))
+
+    def _sum(self, node: fx.Node) -> fx.Node | None:
+        """The sum of what is large, scaled afterwards; None if the factor is not the same for all terms."""
+        argument, dims, *rest = cast("tuple[fx.Node, list[int], bool]", node.args)
+        if argument not in self._products or node.kwargs or not dims:
+            return None
+        product = self._products[argument]
+        factor = product.factor
+        if factor is not None:
+            shape, rank = _shape(factor), len(_shape(argument))
+            own = [dim for dim in (_from_end(dim, rank) for dim in dims) if -dim <= len(shape)]
+            if any(shape[dim] != 1 for dim in own):
+                return None
+            if own and not any(rest):
+                kept = [length for i, length in enumerate(shape) if i - len(shape) not in own]
+                factor = self._like(aten.squeeze.dims, factor, own, shape=torch.Size(kept))
+        meta = node.meta["val"]
+        total = _call(self.graph, aten.sum.dim_IntList, meta, product.rest, *node.args[1:])
+        small = self._small(product._replace(factor=factor))
+        return _call(self.graph, aten.mul.Tensor, meta, total, small)
+
+    def _parts(self, node: Any) -> _Product:
+        return self._products.get(node, _Product(1.0, None, node))
+
+    def _small(self, product: _Product) -> float | fx.Node:
+        """Number and factor together."""
+        if product.factor is None:
+            return product.number
+        if product.number == 1.0:
+            return product.factor
+        return self._like(aten.mul.Tensor, product.factor, product.number)
+
+    def _as_factor(self, value: Any, node: fx.Node) -> float | fx.Node | None:
+        """A number, or a tensor that is much smaller than the node's, in its type; otherwise None."""
+        if isinstance(value, int | float):
+            return float(value)
+        if not isinstance(value, fx.Node) or value.meta["val"].dtype != node.meta["val"].dtype:
+            return None
+        if (number := self._uniform(value)) is not None:
+            return number
+        source = _source(value)
+        return source if self._size(source) * _SMALLER <= self._size(node) else None
+
+    def _uniform(self, node: fx.Node) -> float | None:
+        """The number that all of a constant is; otherwise None."""
+        constant = self.constants[str(node.target)] if node.op == "get_attr" else None
+        if constant is None or constant.requires_grad or constant.numel() == 0:
+            return None
+        first = constant.flatten()[:1]
+        return float(first) if bool((constant == first).all()) else None
+
+    def _is_whole(self, value: Any, node: fx.Node) -> bool:
+        """Whether an argument is as large as the result, and of its type."""
+        if not isinstance(value, fx.Node):
+            return False
+        meta, of_node = value.meta["val"], node.meta["val"]
+        return (meta.shape, meta.dtype) == (of_node.shape, of_node.dtype)
+
+    def _is_floating(self, node: fx.Node) -> bool:
+        meta = node.meta.get("val")
+        return isinstance(meta, TensorMeta) and meta.dtype.is_floating_point
+
+    def _size(self, node: fx.Node) -> int:
+        """Numbers for each particle."""
+        return math.prod(length for length in _shape(node) if length != self.batch_size)
+
+    def _like(self, target: Any, *args: Any, shape: torch.Size | None = None) -> fx.Node:
+        """An operation on small tensors, with the broadcast shape of its arguments unless another is given."""
+        nodes = [arg for arg in args if isinstance(arg, fx.Node)]
+        shape = torch.broadcast_shapes(*map(_shape, nodes)) if shape is None else shape
+        return _call(self.graph, target, nodes[0].meta["val"]._replace(shape=shape), *args)
+
+
+def _from_end(dim: Any, rank: int) -> int:
+    return dim - rank if dim >= 0 else dim
+
+
+def _shape(node: fx.Node) -> torch.Size:
+    return node.meta["val"].shape
+
+
+def _call(graph: fx.Graph, target: Any, meta: TensorMeta, *args: Any) -> fx.Node:
+    node = graph.call_function(target, args)
+    node.meta["val"] = meta._replace(stride=())  # not known, and no longer asked for
+    return node
