@@ -7,6 +7,7 @@ go on.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ _MIN_DRAWS, _MAX_DRAWS, _DRAWS_PER_DIM = 2048, 8192, 64
 _NUM_UNSCORED_DRAWS = 6144  # which cost nothing: what chains are compared with is then known better than they are
 _NUM_CHAINS = 512
 _NUM_LARGE_CHAINS = 96  # beyond D = 256, where each of their steps costs more: more than the fit otherwise
-_NUM_TRAJECTORIES, _NUM_EVIDENCE_TRAJECTORIES = 32, 4  # at most
+_NUM_TRAJECTORIES, _NUM_EVIDENCE_TRAJECTORIES = 32, 8  # at most
 _NUM_MINIBATCHES = 16
 _LARGE = 0.5  # sds, or log2 of an sd
 _MAX_MODE_SEARCH_DIM = 256  # beyond, climbs from everywhere cost more than the fit
@@ -50,6 +51,7 @@ def assess(
     family: SemiImplicit,
     objective: Objective,
     gaussian: GaussianFit | None,
+    drift: DriftStatistics | None = None,
 ) -> Verdict:
     """Judge q from 2,048 to 8,192 draws with scores, the more the more dimensions, and 512 chains.
 
@@ -62,6 +64,7 @@ def assess(
         family: q.
         objective: holds the critic.
         gaussian: the fit that q started from, whose paths may have ended in other modes; None if there is none.
+        drift: what chains from this q's draws have said already, if anything; taken if it is conclusive.
 
     Raises:
         ArgumentError: a coordinate of the draws does not vary.
@@ -74,10 +77,12 @@ def assess(
     exact = not target.is_subsampled
     seeks_modes = exact and target.dim <= _MAX_MODE_SEARCH_DIM
     ends = gaussian.path_ends if gaussian is not None and len(gaussian.path_ends) else None
+    if exact and (drift is None or not drift.is_conclusive):
+        drift = _drift(target, affine, family, x, _NUM_TRAJECTORIES)
     return judge(
         stein_statistics(x, score, num_blocks=num_blocks),
         fisher=_fisher(target, affine, objective.critic, objective, sample.x, x, score, sample.conditional_score),
-        drift=_drift(target, affine, family, x, _NUM_TRAJECTORIES) if exact else None,
+        drift=drift if exact else None,
         modes=find_modes(target, x, extra_starts=ends) if seeks_modes else None,
         tails=tail_indices(target, x) if seeks_modes else None,
         labels=target.layout.coordinate_names,
@@ -139,10 +144,10 @@ def gather_evidence(
     objective: Objective,
     num_steps: int,
     rule: StoppingRule,
-) -> Evidence:
+) -> tuple[Evidence, DriftStatistics | None]:
     """How far q is from the posterior after ``num_steps`` steps; infinitely far where the target is not finite at most
-    draws. The other arguments are those of :func:`assess`, of whose instruments it uses those that look at moments:
-    chains, which are dear, are short, and there are none where the run will go on whatever they find.
+    draws. The other arguments are those of :func:`assess`, of whose instruments it uses those that look at moments.
+    Chains, which are dear, are run where they decide whether the run ends, and what they said comes beside.
     """
     sample = family.rsample(_num_draws(target.dim))
     x = affine.forward(sample.x)
@@ -150,14 +155,15 @@ def gather_evidence(
     try:
         score = _scores(target, x, num_blocks)
         errors = stein_statistics(x, score, num_blocks=num_blocks).coordinates
-        moment_error = _largest(errors)
         fisher = _fisher(target, affine, objective.critic, objective, sample.x, x, score, sample.conditional_score)
-        if not target.is_subsampled and moment_error < _LARGE and rule.is_tolerable(fisher.bulk):
-            drift = _drift(target, affine, family, x, _NUM_EVIDENCE_TRAJECTORIES)
-            moment_error = max(_largest(drift.limit(errors)), _largest(drift.coordinates))
+        evidence = Evidence(num_steps, _largest(errors), fisher.bulk)
+        if target.is_subsampled or evidence.moment_error >= _LARGE or not rule.may_end(evidence):
+            return evidence, None
+        drift = _drift(target, affine, family, x, _NUM_EVIDENCE_TRAJECTORIES)
     except (ArgumentError, NonFiniteError):  # too few draws left, or no spread in them
-        return Evidence(num_steps, moment_error=math.inf, divergence=math.inf)
-    return Evidence(num_steps, moment_error=moment_error, divergence=fisher.bulk)
+        return Evidence(num_steps, moment_error=math.inf, divergence=math.inf), None
+    moment_error = max(_largest(drift.limit(errors)), _largest(drift.coordinates))
+    return replace(evidence, moment_error=moment_error, by_chains=True), drift
 
 
 def _largest(errors: MomentErrors) -> float:

@@ -1,9 +1,10 @@
 """When a run without a length has gone on long enough.
 
-Such a run is a sequence of *cycles*, each as long as all before it: 300 steps, 300, 600, 1,200, ... In each the
-learning rate falls to nearly zero (Loshchilov and Hutter, "SGDR: stochastic gradient descent with warm restarts", ICLR
-2017), so that q is at its best at the end, and no schedule needs to know the length of the run. There q is judged on
-fresh draws and the scores there, never by the losses of the steps, and the run ends when q
+Such a run is a sequence of *cycles*, each as long as all before it: 300 steps, 300, 600, 1,200, ..., or from 150 on
+where the Gaussian that q starts from needs polishing only. In each the learning rate falls to nearly zero (Loshchilov
+and Hutter, "SGDR: stochastic gradient descent with warm restarts", ICLR 2017), so that q is at its best at the end, and
+no schedule needs to know the length of the run. There q is judged on fresh draws and the scores there, never by the
+losses of the steps, and the run ends when q
 
 - has *settled*: no moment is off and the Fisher divergence is small; or
 - has *stalled*: both are tolerable, and the last cycle, half of all steps, made neither smaller by a tenth; or
@@ -15,17 +16,18 @@ already, no step is taken.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 __all__ = ["Evidence", "StoppingRule"]
 
-_FIRST_CYCLE = 300
+_FIRST_CYCLE, _SHORT_CYCLE = 300, 150
 _SMALL_DIVERGENCE, _SMALL_PER_DIM = 0.2, 0.02  # whichever is more: spread over many dimensions it shows in none
 _SMALL_MOMENT_ERROR = 0.05  # sds, or log2 of an sd
 # Beyond, the verdict is not good, and errors may yet come down late: times what is small, and a divergence of the
 # verdict's own threshold, 1, or D / 32 beyond 32 dimensions.
 _TOLERABLE = 3.5
-_MATCHED_DIVERGENCE = (0.5 * _SMALL_MOMENT_ERROR) ** 2  # of a Gaussian whose mean is off by half as much
+# Of a Gaussian whose means are all off by the standard error of 1,000 draws; all told, no more than shows in one mean.
+_MATCHED_PER_DIM, _MAX_MATCHED = 1e-3, 0.03
 _GAIN = 0.1
 
 
@@ -39,11 +41,13 @@ class Evidence:
             largest of so many.
         divergence: the Fisher divergence in the whitened space, by the trained critic, but for the draws furthest off
             (:attr:`~pyro_sivism.diagnostics.FisherStatistics.bulk`).
+        by_chains: whether the error of moments is by chains, too, which see more.
     """
 
     num_steps: int
     moment_error: float
     divergence: float
+    by_chains: bool = False
 
 
 class StoppingRule:
@@ -69,7 +73,7 @@ class StoppingRule:
         self.max_steps, self._goes_on = max_steps, goes_on
         self._small_divergence = max(_SMALL_DIVERGENCE, _SMALL_PER_DIM * dim)
         self._tolerable_divergence = min(_TOLERABLE * self._small_divergence, max(1.0, dim / 32.0))
-        self._num_steps = 0
+        self._dim, self._num_steps, self._num_cycles = dim, 0, 0
         self._best: Evidence | None = None
         self._last: Evidence | None = None
 
@@ -78,9 +82,9 @@ class StoppingRule:
         """Whether the q of the last evidence is the one to keep so far: unless one before was clearly better."""
         return self._best is self._last
 
-    def is_tolerable(self, divergence: float) -> bool:
-        """Whether a run might end with such a divergence."""
-        return divergence <= self._tolerable_divergence
+    def may_end(self, evidence: Evidence) -> bool:
+        """Whether this evidence would be enough, whatever the error of moments."""
+        return any(self._is_enough(replace(evidence, moment_error=error)) for error in (0.0, evidence.moment_error))
 
     def next_cycle(self, evidence: Evidence, *, is_moving: bool = False) -> int:
         """How many steps to go on for after this evidence; 0 to end.
@@ -90,35 +94,43 @@ class StoppingRule:
             is_moving: whether the posterior itself is still changing, as the model's own parameters are learned, or
                 scores are too noisy to say that anything is enough.
         """
-        if self._last is None:
-            is_enough = not self._goes_on and _is_settled(evidence, _MATCHED_DIVERGENCE)
-            length = 0 if is_enough else _FIRST_CYCLE
+        if self._is_enough(evidence) and (self._last is None or not is_moving):
+            length = 0
+        elif self._last is None:
+            length = _SHORT_CYCLE if _is_settled(evidence, self._small_divergence) else _FIRST_CYCLE
         else:
-            is_enough = _is_settled(evidence, self._small_divergence) or self._has_stalled(evidence)
-            length = 0 if is_enough and not is_moving else self._num_steps
+            length = self._num_steps
         if is_moving or self._best is None or not self._is_clearly_worse(evidence, self._best):
             self._best = evidence
         self._last = evidence
         length = min(length, self.max_steps - self._num_steps)
         self._num_steps += length
+        self._num_cycles += 1
         return length
 
+    def _is_enough(self, evidence: Evidence) -> bool:
+        if self._last is None:
+            matched = min(_MATCHED_PER_DIM * self._dim, _MAX_MATCHED)
+            return not self._goes_on and _is_settled(evidence, matched)
+        return _is_settled(evidence, self._small_divergence) or self._has_stalled(evidence)
+
     def _is_clearly_worse(self, evidence: Evidence, best: Evidence) -> bool:
-        """By more than separates one good q from the next.
+        """By more than separates one good q from the next. What chains alone have seen in one of them does not count.
 
         In a hundred dimensions the largest error of a moment is known to about .1, and the divergence from a posterior
         with thin tails doubles and halves.
         """
         moment_error = max(best.moment_error, _TOLERABLE * _SMALL_MOMENT_ERROR)
         divergence = max(best.divergence, self._tolerable_divergence)
-        return evidence.moment_error > 1.5 * moment_error or evidence.divergence > 3.0 * divergence
+        is_further_off = evidence.by_chains == best.by_chains and evidence.moment_error > 1.5 * moment_error
+        return is_further_off or evidence.divergence > 3.0 * divergence
 
     def _has_stalled(self, evidence: Evidence) -> bool:
         """The first cycle may well end with larger errors than the Gaussian's, which the next ones make good."""
-        if self._last is None or self._num_steps == _FIRST_CYCLE:
+        if self._last is None or self._num_cycles == 1:
             return False
         is_moment_tolerable = evidence.moment_error <= _TOLERABLE * _SMALL_MOMENT_ERROR
-        is_tolerable = is_moment_tolerable and self.is_tolerable(evidence.divergence)
+        is_tolerable = is_moment_tolerable and evidence.divergence <= self._tolerable_divergence
         return is_tolerable and not self._gains(evidence, self._last)
 
     def _gains(self, evidence: Evidence, last: Evidence) -> bool:

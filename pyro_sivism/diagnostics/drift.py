@@ -62,6 +62,7 @@ class DriftStatistics:
         num_evaluations: log densities and scores of single points computed.
         num_draws: chains.
         num_trajectories: of each.
+        is_conclusive: whether more trajectories would hardly tell more.
     """
 
     coordinates: MomentErrors
@@ -72,6 +73,7 @@ class DriftStatistics:
     num_evaluations: int
     num_draws: int
     num_trajectories: int
+    is_conclusive: bool
 
     def limit(self, errors: MomentErrors) -> MomentErrors:
         """Errors that another instrument found, no larger than chains that have forgotten their starts allow.
@@ -134,7 +136,8 @@ def drift_statistics(
             acceptances.append(accepted.mean().item())
         late = torch.stack(ends[len(ends) // 2 :])
         coordinates, correlation = _moment_errors(frame.along_coordinates(before), frame.along_coordinates(late))
-        if num_trajectories == max_trajectories or _is_settled(coordinates, correlation):
+        is_conclusive = _is_conclusive(coordinates, correlation)
+        if is_conclusive or num_trajectories == max_trajectories:
             break
         num_trajectories = min(2 * num_trajectories, max_trajectories)
     return DriftStatistics(
@@ -146,6 +149,7 @@ def drift_statistics(
         num_evaluations=num_evaluations + len(finite) + num_trajectories * num_steps * len(starts),
         num_draws=len(starts),
         num_trajectories=num_trajectories,
+        is_conclusive=is_conclusive,
     )
 
 
@@ -199,7 +203,7 @@ def _trajectory(target: WhitenedTarget, start: _State, step_size: float, num_ste
     return state.where(torch.rand_like(acceptance) < acceptance, start), acceptance
 
 
-def _is_settled(errors: MomentErrors, correlation: Tensor) -> bool:
+def _is_conclusive(errors: MomentErrors, correlation: Tensor) -> bool:
     """Whether more trajectories would hardly change what the chains say."""
     worst = torch.maximum(errors.sure_mean.abs(), errors.sure_log2_sd.abs()).max()
     return bool(worst > _CERTAIN or (worst < _NOTHING and correlation.max() < _FORGOTTEN))

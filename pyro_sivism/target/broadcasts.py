@@ -36,7 +36,7 @@ def expand_late(recording: Recording) -> Recording:
     """Let elementwise operations, and softmaxes along dims that are not expanded, work on what is expanded after them;
     in place. Results keep their values and shapes, but are laid out in memory as an expansion is."""
     graph = recording.graph
-    if any(node.target is aten.as_strided.default for node in graph.nodes):  # reads the memory as it is laid out
+    if _reads_memory(graph):
         return recording
     for node in list(graph.nodes):
         if node.op == "call_function" and isinstance(node.meta.get("val"), TensorMeta):
@@ -80,7 +80,8 @@ def _source(node: fx.Node) -> fx.Node:
 
 def _is_elementwise(node: fx.Node) -> bool:
     tags = getattr(node.target, "tags", ())
-    return torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
+    is_copy = "memory_format" in node.kwargs  # made for its layout in memory
+    return torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags and not is_copy
 
 
 def _keeps_type(sources: dict[fx.Node, fx.Node]) -> bool:
@@ -101,13 +102,19 @@ class _Product(NamedTuple):
 
 
 def factor_out(recording: Recording, batch_size: int) -> Recording:
-    """Carry small factors of large tensors apart from them; in place, with values the same up to rounding.
+    """Carry small factors of large tensors apart from them; in place, with values the same up to rounding, which may be
+    laid out differently in memory.
 
     Args:
         recording: of a function of a batch.
         batch_size: the length that no dim but that of the batch has.
     """
+    if _reads_memory(recording.graph):
+        return recording
     _Factors(recording, batch_size).run()
+    for node in recording.graph.nodes:
+        if node.target is aten.view.default:  # of one layout only
+            node.target = aten.reshape.default
     drop_unread(recording.graph)
     return recording
 
@@ -130,10 +137,10 @@ class _Factors:
         """The same in one multiplication, whose parts are remembered, or None if the operation does not scale."""
         if self._size(node) < _LARGE:
             return None
-        product = self._product(node)
-        if product is None:
+        product, meta = self._product(node), node.meta["val"]
+        limits = torch.finfo(meta.dtype)
+        if product is None or not limits.tiny <= abs(product.number) <= limits.max:  # which 0 * inf could follow from
             return None
-        meta = node.meta["val"]
         if product.factor is None and product.number == -1.0:
             result = _call(self.graph, aten.neg.default, meta, product.rest)
         elif product.factor is None and product.number == 1.0:
@@ -258,6 +265,11 @@ class _Factors:
         nodes = [arg for arg in args if isinstance(arg, fx.Node)]
         shape = torch.broadcast_shapes(*map(_shape, nodes)) if shape is None else shape
         return _call(self.graph, target, nodes[0].meta["val"]._replace(shape=shape), *args)
+
+
+def _reads_memory(graph: fx.Graph) -> bool:
+    """Whether an operation reads memory as it is laid out."""
+    return any(node.target is aten.as_strided.default for node in graph.nodes)
 
 
 def _from_end(dim: Any, rank: int) -> int:

@@ -43,10 +43,25 @@ def test_a_run_does_not_end_where_its_verdict_would_be_bad():
 
 
 def test_a_divergence_is_tolerable_up_to_the_verdicts_threshold():
-    assert StoppingRule(10, 2400).is_tolerable(0.7)
-    assert not StoppingRule(10, 2400).is_tolerable(0.8)
-    assert StoppingRule(96, 2400).is_tolerable(3.0)
-    assert not StoppingRule(96, 2400).is_tolerable(3.1)
+    def stalls(divergence: float, dim: int) -> bool:
+        return cycles(FAR, (0.02, divergence), (0.02, divergence), dim=dim)[-1] == 0
+
+    assert stalls(0.7, dim=10)
+    assert not stalls(0.8, dim=10)
+    assert stalls(3.0, dim=96)
+    assert not stalls(3.1, dim=96)
+
+
+def test_what_may_end_a_run_does_not_depend_on_moments_yet_to_be_measured():
+    rule = StoppingRule(10, 2400)
+    assert rule.may_end(Evidence(0, 0.3, 1e-3))
+    assert not rule.may_end(Evidence(0, 0.0, 0.1))
+    rule.next_cycle(Evidence(0, *FAR))
+    assert rule.may_end(Evidence(300, 0.3, 0.1))
+    assert not rule.may_end(Evidence(300, 0.0, 0.5))
+    rule.next_cycle(Evidence(300, *NEAR))
+    assert rule.may_end(Evidence(600, *NEAR)), "it has stalled"
+    assert rule.next_cycle(Evidence(600, *NEAR)) == 0, "asking has changed nothing"
 
 
 def test_noise_of_errors_too_small_to_matter_is_no_gain():
@@ -56,9 +71,23 @@ def test_noise_of_errors_too_small_to_matter_is_no_gain():
 
 def test_a_gaussian_that_is_the_posterior_takes_no_step_unless_it_is_to_go_on():
     assert cycles((0.01, 1e-4)) == [0]
-    assert cycles((0.01, 1e-4), goes_on=True) == [300]
-    assert cycles((0.01, 0.1)) == [300]  # near it, but not right
+    assert cycles((0.01, 1e-4), goes_on=True) == [150]
+    assert cycles((0.01, 0.1)) == [150]  # near it, but not right
     assert cycles((0.2, 1e-4)) == [300]
+
+
+def test_a_gaussian_matches_up_to_the_noise_of_1000_draws():
+    assert cycles((0.01, 0.009), dim=10) == [0]
+    assert cycles((0.01, 0.011), dim=10) == [150]
+    assert cycles((0.01, 0.029), dim=1000) == [0]
+    assert cycles((0.01, 0.031), dim=1000) == [150]
+
+
+def test_a_gaussian_that_is_nearly_right_is_polished_in_short_cycles():
+    assert cycles((0.05, 0.2), RIGHT) == [150, 0]
+    assert cycles((0.05, 0.2), NEAR, NEAR) == [150, 150, 0]
+    assert cycles((0.05, 0.2), FAR, FAR, FAR, FAR, FAR) == [150, 150, 300, 600, 1200, 0]
+    assert cycles((0.06, 0.2)) == cycles((0.05, 0.21)) == [300]
 
 
 def test_divergences_are_small_in_proportion_to_the_dimension():
@@ -71,7 +100,7 @@ def test_divergences_are_small_in_proportion_to_the_dimension():
 
 def test_a_posterior_that_moves_is_followed():
     rule = StoppingRule(10, 2400)
-    assert rule.next_cycle(Evidence(0, *RIGHT)) == 300
+    assert rule.next_cycle(Evidence(0, *FAR)) == 300
     assert rule.next_cycle(Evidence(300, *RIGHT), is_moving=True) == 300
     assert rule.next_cycle(Evidence(600, *NEAR), is_moving=True) == 600
     assert rule.last_is_best, "what was best was best for another posterior"
@@ -95,6 +124,15 @@ def test_the_last_q_is_kept_unless_one_before_was_clearly_better(found, is_best)
     assert rule.last_is_best
     rule.next_cycle(Evidence(600, *found))
     assert rule.last_is_best == is_best
+
+
+def test_what_only_one_qs_chains_have_seen_does_not_make_it_worse():
+    rule = StoppingRule(10, 2400)
+    rule.next_cycle(Evidence(0, 0.1, 0.5))
+    rule.next_cycle(Evidence(300, 0.4, 0.5, by_chains=True))
+    assert rule.last_is_best
+    rule.next_cycle(Evidence(600, 0.9, 0.5, by_chains=True))
+    assert not rule.last_is_best
 
 
 def test_a_q_that_could_not_be_judged_is_gone_on_with():
