@@ -82,7 +82,7 @@ class SIVISM:
         optim: the guide's optimizer: a ``pyro.optim`` object or a callable from parameters to a torch optimizer, both
             used as they are; if None Adam on the recipe's schedule. It also moves the model's ``pyro.param``s.
         loss: the objective; :class:`PathGradientKL` if None, because it measured far more reliable than the paper's
-            :class:`FisherDivergence`, which is one argument away.
+            game, ``FisherDivergence(path_weight=0)``, which is one argument away.
         critic_optim: the critic's optimizer, likewise.
         critic: a module from (B, D) to (B, D) in the place of the default score network.
         num_particles: draws per batch, B.

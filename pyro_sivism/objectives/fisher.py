@@ -33,9 +33,9 @@ class FisherDivergence(Objective):
     """Move q down the Fisher divergence ``E_q |grad log p - grad log q|^2``, the paper's SIVI-SM, plus ``path_weight``
     times KL(q, p), by its path gradient.
 
-    Prefer :class:`PathGradientKL` unless you want to reproduce the paper: at the same cost in scores this game
-    measured less accurate and less robust, loses the weights of separated modes, and needs the second
-    derivative of the model. It was reliable up to about a dozen dimensions.
+    Prefer :class:`PathGradientKL` unless you want to reproduce the paper, which takes ``path_weight=0``: at the same
+    cost in scores that game alone measured less accurate and less robust, lost the weights of separated modes, and was
+    reliable up to about a dozen dimensions. With any weight it needs the second derivative of the model.
 
     Args:
         target_residual: critic ``f = s_p - s`` with s a score network (the paper's residual parametrization). If
@@ -43,7 +43,8 @@ class FisherDivergence(Objective):
         annealing_steps: temper the target's score by a factor that rises linearly from ``annealing_start`` to 1
             over so many guide steps; 0 for no annealing.
         annealing_start: the first factor, in (0, 1].
-        path_weight: of the path gradient of :class:`PathGradientKL`; 0 for the paper's objective alone.
+        path_weight: of the path gradient of :class:`PathGradientKL`, to the tempered target; 0 for the paper's
+            objective alone.
 
     Raises:
         ArgumentError: an annealing argument, or the weight, is out of range.
@@ -101,7 +102,8 @@ class FisherDivergence(Objective):
         return -mean_over(fisher_divergence(value, target_score, sample.conditional_score), finite)
 
     def guide_loss(self, sample: SemiImplicitSample, step: int) -> GuideLoss:
-        """The game's value at the tempered target; what is reported is the divergence from the target itself.
+        """The game's value and the path term at the tempered target; what is reported is the divergence from the target
+        itself.
 
         Particles whose score has no finite derivative have no gradient. They are found in the backward pass, which
         adds them to ``num_nonfinite``.

@@ -16,9 +16,11 @@ DIM, MIXING_DIM, NUM_PARTICLES = 3, 2, 64
 
 OBJECTIVES = {
     "path": PathGradientKL,
-    "fisher": FisherDivergence,
-    "fisher_no_residual": lambda: FisherDivergence(target_residual=False),
-    "fisher_annealed": lambda: FisherDivergence(annealing_steps=50),
+    "fisher": lambda: FisherDivergence(path_weight=0.0),
+    "fisher_no_residual": lambda: FisherDivergence(path_weight=0.0, target_residual=False),
+    "fisher_annealed": lambda: FisherDivergence(path_weight=0.0, annealing_steps=50),
+    "fisher_and_path": FisherDivergence,
+    "fisher_and_path_no_residual": lambda: FisherDivergence(target_residual=False, annealing_steps=50),
 }
 
 CONDITIONALS = {
@@ -234,8 +236,32 @@ def test_recipe_is_one_that_the_conditional_takes(name, dim):
         assert recipe.min_scale >= 0.3
 
 
+def test_fisher_divergence_has_a_path_term_unless_its_weight_is_zero(family):
+    """The default weight is 3, and the gradient is linear in the weight."""
+    gradients = []
+    objectives = [FisherDivergence(path_weight=0.0), FisherDivergence(path_weight=1.0), FisherDivergence()]
+    for objective in objectives:
+        torch.manual_seed(1)
+        set_up(objective, family)
+        loss = objective.guide_loss(family.rsample(NUM_PARTICLES), 0).loss
+        gradients.append(torch.autograd.grad(loss, list(family.parameters())))
+    for none, one, default in zip(*gradients):
+        scale = one.abs().max()
+        assert (default - none).abs().max() > 1e-3 * scale
+        torch.testing.assert_close(default - none, 3.0 * (one - none), rtol=1e-3, atol=1e-4 * scale.item())
+
+
 @pytest.mark.parametrize(
-    "settings", [{"annealing_steps": -1}, {"annealing_start": 0.0}, {"annealing_start": 1.5}], ids=str
+    "settings",
+    [
+        {"annealing_steps": -1},
+        {"annealing_start": 0.0},
+        {"annealing_start": 1.5},
+        {"path_weight": -1e-9},
+        {"path_weight": float("-inf")},
+        {"path_weight": float("nan")},
+    ],
+    ids=str,
 )
 def test_fisher_divergence_refuses_settings_out_of_range(settings):
     with pytest.raises(ArgumentError, match="expected"):

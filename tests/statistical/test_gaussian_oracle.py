@@ -19,11 +19,23 @@ pytestmark = pytest.mark.usefixtures("float64")
 KINDS = ["diagonal", "low_rank"]
 OBJECTIVES = {
     "path": PathGradientKL,
-    "fisher": FisherDivergence,
-    "fisher_no_residual": lambda: FisherDivergence(target_residual=False),
-    "fisher_annealed": lambda: FisherDivergence(annealing_steps=10, annealing_start=0.2),
+    "fisher": lambda: FisherDivergence(path_weight=0.0),
+    "fisher_no_residual": lambda: FisherDivergence(path_weight=0.0, target_residual=False),
+    "fisher_annealed": lambda: FisherDivergence(path_weight=0.0, annealing_steps=10, annealing_start=0.2),
     "fisher_annealed_no_residual": lambda: FisherDivergence(
+        path_weight=0.0, target_residual=False, annealing_steps=10, annealing_start=0.2
+    ),
+    "both": FisherDivergence,
+    "both_no_residual": lambda: FisherDivergence(target_residual=False),
+    "both_annealed": lambda: FisherDivergence(annealing_steps=10, annealing_start=0.2),
+    "both_annealed_no_residual": lambda: FisherDivergence(
         target_residual=False, annealing_steps=10, annealing_start=0.2
+    ),
+    "both_by_half": lambda: FisherDivergence(path_weight=0.5),
+    "both_by_half_no_residual": lambda: FisherDivergence(path_weight=0.5, target_residual=False),
+    "both_by_half_annealed": lambda: FisherDivergence(path_weight=0.5, annealing_steps=10, annealing_start=0.2),
+    "both_by_half_annealed_no_residual": lambda: FisherDivergence(
+        path_weight=0.5, target_residual=False, annealing_steps=10, annealing_start=0.2
     ),
 }
 STEP = 5  # of ten annealing steps: the target's score is tempered by .2 + .8 x 5/10 = .6
@@ -31,6 +43,17 @@ STEP = 5  # of ten annealing steps: the target's score is tempered by .2 + .8 x 
 
 def tempering(name: str) -> float:
     return 0.6 if "annealed" in name else 1.0
+
+
+def exact_gradients(name: str, q: GaussianQ, p: GaussianTarget) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the objective goes down: KL, Fisher, or Fisher plus a weight times KL, to the tempered target."""
+    p = tempered(p, tempering(name))
+    if name == "path":
+        return oracle.kl_gradients(q, p)
+    weight = 0.5 if "by_half" in name else 3.0 if name.startswith("both") else 0.0
+    pairs = zip(oracle.fisher_gradients(q, p), oracle.kl_gradients(q, p))
+    loc, covariance = (fisher + weight * kl for fisher, kl in pairs)
+    return loc, covariance
 
 
 def problem(kind: str, dim: int = 3) -> tuple[SemiImplicit, GaussianTarget]:
@@ -212,11 +235,11 @@ class _Scaled(torch.nn.Module):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_gradient_with_the_exact_critic_is_that_of_the_divergence(name, kind):
-    """PathGradientKL that of KL; FisherDivergence, by the envelope theorem, that of the tempered Fisher divergence."""
+    """PathGradientKL that of KL; FisherDivergence, by the envelope theorem, that of the tempered Fisher divergence and
+    its weight times that of KL to the tempered target.
+    """
     family, p = problem(kind)
-    gradients_of = oracle.kl_gradients if name == "path" else oracle.fisher_gradients
-    exact = gradients_of(GaussianQ.of(family), tempered(p, tempering(name)))
-    want = oracle.parameter_gradients(family, *exact)
+    want = oracle.parameter_gradients(family, *exact_gradients(name, GaussianQ.of(family), p))
     got = gradient_by_batches(with_exact_critic(name, family, p), family, num_batches=200, batch_size=1000)
     assert got.keys() == want.keys()
     for parameter, (mean, se) in got.items():
@@ -274,6 +297,8 @@ def train(objective, family, p, num_steps, critic_steps, batch_size, lr):
         ("path", {"num_steps": 500, "critic_steps": 2, "lr": 0.02}),
         # Its curvature in the mean is the square of the precision: slow directions are slower still.
         ("fisher", {"num_steps": 400, "critic_steps": 3, "lr": 0.05}),
+        ("both", {"num_steps": 400, "critic_steps": 3, "lr": 0.05}),
+        ("both_by_half_no_residual", {"num_steps": 400, "critic_steps": 3, "lr": 0.05}),
     ],
 )
 def test_training_ends_at_the_target(name, settings, kind):
@@ -341,7 +366,7 @@ def test_path_gradient_goes_through_x_alone():
 def test_fisher_divergence_goes_through_all_three(residual):
     """Through s_p, the critic's input and the conditional score: the product rule, term by term."""
     family, p = problem("diagonal")
-    objective = FisherDivergence(target_residual=residual)
+    objective = FisherDivergence(target_residual=residual, path_weight=0.0)
     critic = objective.make_critic(3, (8,))
     with torch.no_grad():
         for parameter in critic.parameters():
@@ -360,6 +385,35 @@ def test_fisher_divergence_goes_through_all_three(residual):
     by_target = -2 * f @ p.precision
     torch.testing.assert_close(by_x, (by_f + by_target) / 50)
     torch.testing.assert_close(by_conditional_score, -2 * f / 50)
+
+
+@pytest.mark.parametrize("step", [STEP, 10])  # tempered by .6, and not
+@pytest.mark.parametrize("weight", [3.0, 0.5])
+@pytest.mark.parametrize("residual", [True, False])
+def test_the_path_term_goes_through_x_alone(residual, weight, step):
+    """For any critic: ``- weight f`` in x, f that of the tempered target; no slope of f, and nothing in the rest."""
+    family, p = problem("diagonal")
+    settings = {"target_residual": residual, "annealing_steps": 10, "annealing_start": 0.2}
+    alone, both = FisherDivergence(path_weight=0.0, **settings), FisherDivergence(path_weight=weight, **settings)
+    critic = alone.make_critic(3, (8,))
+    with torch.no_grad():
+        for parameter in critic.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    sample = family.rsample(50)
+    inputs, gradients, divergences = (sample.x, sample.conditional_score, *critic.parameters()), [], []
+    for objective in (alone, both):
+        objective.setup(family, p, critic)
+        losses = objective.guide_loss(sample, step)
+        divergences.append(losses.fisher_divergence)
+        gradients.append(torch.autograd.grad(losses.loss, inputs, retain_graph=True, materialize_grads=True))
+    by_x, *by_the_rest = (after - before for before, after in zip(*gradients))
+
+    x = sample.x.detach()
+    factor = 0.6 if step == STEP else 1.0
+    f = factor * p.score(x) - critic(x) if residual else critic(x)
+    torch.testing.assert_close(by_x, -weight * f.detach() / 50)
+    assert all(difference.abs().max() == 0 for difference in by_the_rest)
+    assert divergences[0] == divergences[1]  # what is reported is the same
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
