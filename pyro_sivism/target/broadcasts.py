@@ -13,8 +13,10 @@ is not ``y - (m + c)`` where y and m nearly cancel.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import fx
 
@@ -55,7 +57,7 @@ def _expand_after(graph: fx.Graph, node: fx.Node) -> None:
         if node.target is aten.expand.default:
             (small,) = sources.values()
         elif _is_elementwise(node):
-            shape = torch.broadcast_shapes(*map(_shape, sources.values()))
+            shape = _broadcast(sources.values())
             if shape.numel() == meta.shape.numel() or not _keeps_type(sources):
                 return
             small = graph.node_copy(node, sources.__getitem__)
@@ -94,10 +96,10 @@ def _keeps_type(sources: dict[fx.Node, fx.Node]) -> bool:
 
 
 class _Product(NamedTuple):
-    """``number * factor * rest``: a large tensor in parts, the factor small or absent."""
+    """``number * factors * rest``: a large tensor in parts, of which the factors are small."""
 
     number: float
-    factor: fx.Node | None
+    factors: tuple[fx.Node, ...]
     rest: fx.Node
 
 
@@ -141,9 +143,9 @@ class _Factors:
         limits = torch.finfo(meta.dtype)
         if product is None or not limits.tiny <= abs(product.number) <= limits.max:  # which 0 * inf could follow from
             return None
-        if product.factor is None and product.number == -1.0:
+        if not product.factors and product.number == -1.0:
             result = _call(self.graph, aten.neg.default, meta, product.rest)
-        elif product.factor is None and product.number == 1.0:
+        elif not product.factors and product.number == 1.0:
             result = product.rest
         else:
             result = _call(self.graph, aten.mul.Tensor, meta, product.rest, self._small(product))
@@ -177,18 +179,16 @@ class _Factors:
     def _times(self, parts: _Product, by: float | fx.Node) -> _Product:
         if isinstance(by, float):
             return parts._replace(number=parts.number * by)
-        factor = by if parts.factor is None else self._like(aten.mul.Tensor, parts.factor, by)
-        return parts._replace(factor=factor)
+        return parts._replace(factors=(*parts.factors, by))
 
     def _combined(self, node: fx.Node, a: _Product, b: _Product, operation: Any) -> _Product | None:
         """``(n f x) op (m g y) = (n op m) (f op g) (x op y)``."""
-        if all(part.factor is None and part.number == 1.0 for part in (a, b)):
+        if all(not part.factors and part.number == 1.0 for part in (a, b)):
             return None
         if operation is aten.div.Tensor:
-            inverse = None if b.factor is None else self._like(aten.reciprocal.default, b.factor)
-            b = _Product(1.0 / b.number, inverse, b.rest)
-        product = a if b.factor is None else self._times(a, b.factor)
-        product = product._replace(number=a.number * b.number)
+            inverses = tuple(self._like(aten.reciprocal.default, factor) for factor in b.factors)
+            b = _Product(1.0 / b.number, inverses, b.rest)
+        product = _Product(a.number * b.number, a.factors + b.factors, a.rest)
         if operation is aten.mul.Tensor:
             for one, other in ((a.rest, b.rest), (b.rest, a.rest)):
                 if (number := self._uniform(one)) is not None:  # as the gradient of a sum is
@@ -201,30 +201,38 @@ class _Factors:
         if argument not in self._products or node.kwargs or not dims:
             return None
         product = self._products[argument]
-        factor = product.factor
-        if factor is not None:
-            shape, rank = _shape(factor), len(_shape(argument))
-            own = [dim for dim in (_from_end(dim, rank) for dim in dims) if -dim <= len(shape)]
-            if any(shape[dim] != 1 for dim in own):
-                return None
-            if own and not any(rest):
-                kept = [length for i, length in enumerate(shape) if i - len(shape) not in own]
-                factor = self._like(aten.squeeze.dims, factor, own, shape=torch.Size(kept))
+        factors = [self._without_dims(factor, dims, len(_shape(argument)), *rest) for factor in product.factors]
+        if None in factors:
+            return None
         meta = node.meta["val"]
         total = _call(self.graph, aten.sum.dim_IntList, meta, product.rest, *node.args[1:])
-        small = self._small(product._replace(factor=factor))
-        return _call(self.graph, aten.mul.Tensor, meta, total, small)
+        # One after the other: in float32 the product of the factors alone, as 1 / s^4, may underflow.
+        for by in (*factors, *([] if product.number == 1.0 else [product.number])):
+            total = _call(self.graph, aten.mul.Tensor, meta, total, by)
+        return total
+
+    def _without_dims(self, factor: fx.Node, dims: list[int], rank: int, keepdim: bool = False) -> fx.Node | None:
+        """A factor of a tensor as one of its sum; None if it is not the same for all terms."""
+        shape = _shape(factor)
+        own = [dim for dim in (_from_end(dim, rank) for dim in dims) if -dim <= len(shape)]
+        if any(shape[dim] != 1 for dim in own):
+            return None
+        if not own or keepdim:
+            return factor
+        kept = [length for i, length in enumerate(shape) if i - len(shape) not in own]
+        return self._like(aten.squeeze.dims, factor, own, shape=torch.Size(kept))
 
     def _parts(self, node: Any) -> _Product:
-        return self._products.get(node, _Product(1.0, None, node))
+        return self._products.get(node, _Product(1.0, (), node))
 
     def _small(self, product: _Product) -> float | fx.Node:
-        """Number and factor together."""
-        if product.factor is None:
+        """Number and factors together."""
+        if not product.factors:
             return product.number
-        if product.number == 1.0:
-            return product.factor
-        return self._like(aten.mul.Tensor, product.factor, product.number)
+        factor, *others = product.factors
+        for by in (*others, *([] if product.number == 1.0 else [product.number])):
+            factor = self._like(aten.mul.Tensor, factor, by)
+        return factor
 
     def _as_factor(self, value: Any, node: fx.Node) -> float | fx.Node | None:
         """A number, or a tensor that is much smaller than the node's, in its type; otherwise None."""
@@ -263,7 +271,7 @@ class _Factors:
     def _like(self, target: Any, *args: Any, shape: torch.Size | None = None) -> fx.Node:
         """An operation on small tensors, with the broadcast shape of its arguments unless another is given."""
         nodes = [arg for arg in args if isinstance(arg, fx.Node)]
-        shape = torch.broadcast_shapes(*map(_shape, nodes)) if shape is None else shape
+        shape = _broadcast(nodes) if shape is None else shape
         return _call(self.graph, target, nodes[0].meta["val"]._replace(shape=shape), *args)
 
 
@@ -278,6 +286,11 @@ def _from_end(dim: Any, rank: int) -> int:
 
 def _shape(node: fx.Node) -> torch.Size:
     return node.meta["val"].shape
+
+
+def _broadcast(nodes: Iterable[fx.Node]) -> torch.Size:
+    """The shape of an elementwise result."""
+    return torch.Size(np.broadcast_shapes(*map(_shape, nodes)))  # torch's own imports sympy, in a second
 
 
 def _call(graph: fx.Graph, target: Any, meta: TensorMeta, *args: Any) -> fx.Node:

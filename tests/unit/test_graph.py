@@ -259,6 +259,75 @@ def test_a_matrix_product_with_one_term_is_a_product(order):
     assert aten.bmm.default in targets(wide)
 
 
+def waves(*shape):
+    """Numbers of both signs, all different."""
+    return torch.sin(torch.arange(1.0, 1.0 + torch.Size(shape).numel(), dtype=torch.float64)).reshape(shape)
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes"),
+    [
+        (lambda x, w: torch.bmm(x, w.expand(5, 3, 2)), [(5, 4, 3), (3, 2)]),
+        (lambda x, w: torch.bmm(x, w.expand(5, 3, 2)), [(5, 1, 3), (1, 3, 2)]),
+        (lambda x, w: torch.bmm(x, w.expand(5, 2, 3).mT), [(5, 4, 3), (2, 3)]),
+        (lambda x, w: torch.bmm(x, w.expand(5, 2, 3).transpose(2, 1)), [(5, 4, 3), (1, 2, 3)]),
+        (lambda x, w: torch.bmm(x, w.expand(5, 2, 3).transpose(-2, -1)), [(5, 4, 3), (2, 3)]),
+        (lambda x, w: torch.bmm(x.mT, w.expand(5, 3, 3).mT.mT), [(5, 3, 4), (3, 3)]),
+        (lambda x, w: torch.bmm(w.expand(5, 4, 3), x), [(5, 3, 1), (4, 3)]),
+        (lambda x, w: torch.bmm(w.expand(5, 3, 4).mT, x), [(5, 3, 1), (1, 3, 4)]),
+        (lambda x, w: torch.bmm(w.expand(5, 3, 3), x), [(5, 3, 1), (3, 3)]),
+        (lambda x, w: torch.bmm(w.expand(5, 4, 3), x.expand(5, 3, 2)), [(3, 2), (4, 3)]),
+    ],
+)
+def test_products_with_one_matrix_are_one_product(function, shapes):
+    inputs = [waves(*shape) for shape in shapes]
+    recording = simplify(record(function, *inputs))
+    assert aten.bmm.default not in targets(recording)
+    assert targets(recording).count(aten.mm.default) == 1
+    torch.testing.assert_close(recording.compile()(*inputs), function(*inputs), rtol=1e-13, atol=1e-13)
+    found = []
+    for f in (recording.compile(), function):
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        found.append(torch.autograd.grad(f(*leaves).pow(3).sum(), leaves))
+    for got, want in zip(*found):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes"),
+    [
+        (torch.bmm, [(5, 4, 3), (5, 3, 2)]),
+        (lambda x, w: torch.bmm(w.expand(5, 4, 3), x), [(5, 3, 2), (4, 3)]),
+        (lambda x, w: torch.bmm(x, w.expand(5, 3, 2)), [(5, 4, 3), (5, 1, 2)]),
+        (lambda x, w: torch.bmm(x, w.expand(5, 3, 2)), [(5, 4, 3), (2,)]),
+        (lambda x, w: torch.bmm(x, w.expand(5, 3, 2)), [(5, 4, 3), (1, 2)]),
+        (lambda x, w: torch.bmm(x, w.expand(5, 3, 2)), [(5, 4, 3), (1, 3, 1)]),
+        (lambda x, w: torch.bmm(x, w.expand(3, 3, 3).transpose(0, 1)), [(3, 4, 3), (3, 3)]),
+        (lambda x, w: torch.bmm(x, w.expand(3, 3, 3).transpose(1, 0).mT), [(3, 4, 3), (3, 3)]),
+    ],
+)
+def test_products_with_several_matrices_stay(function, shapes):
+    inputs = [waves(*shape) for shape in shapes]
+    recording = simplify(record(function, *inputs))
+    assert targets(recording).count(aten.bmm.default) == 1
+    torch.testing.assert_close(recording.compile()(*inputs), function(*inputs), rtol=1e-13, atol=1e-13)
+
+
+def test_a_batch_s_products_with_an_input_are_one_product():
+    """Forward, and in the gradient."""
+    matrix, x = waves(4, 3), waves(5, 3)
+
+    def function(x, matrix):
+        return ((matrix @ x[:, None].exp()) ** 3).sum()
+
+    score = vmap(grad(function), (0, None))
+    recording = record(score, x, matrix, differentiates=True)
+    assert targets(recording).count(aten.bmm.default) == 2
+    simplify(recording)
+    assert aten.bmm.default not in targets(recording)
+    torch.testing.assert_close(recording.compile()(x, matrix), score(x, matrix), rtol=1e-13, atol=1e-13)
+
+
 # --- what simplify takes away, and what it leaves -----------------------------------------------------
 
 
