@@ -7,7 +7,7 @@ no schedule needs to know the length of the run. There q is judged on fresh draw
 losses of the steps, and the run ends when q
 
 - has *settled*: no moment is off and the Fisher divergence is small; or
-- has *stalled*: both are tolerable, and the last cycle, half of all steps, made neither smaller by a tenth; or
+- has *stalled*: both are tolerable, and the last cycle, half of all steps, made neither smaller by a quarter; or
 - has had as many steps as the recipe allows.
 
 The last q is kept, unless one before was clearly better. Where the Gaussian that q starts from is the posterior
@@ -28,7 +28,7 @@ _SMALL_MOMENT_ERROR = 0.05  # sds, or log2 of an sd
 _TOLERABLE = 3.5
 # Of a Gaussian whose means are all off by the standard error of 1,000 draws; all told, no more than shows in one mean.
 _MATCHED_PER_DIM, _MAX_MATCHED = 1e-3, 0.03
-_GAIN = 0.1
+_GAIN = 0.25
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,8 @@ _MAX_BFGS_DIM = 256
 _FIRST_STEPS = 4
 _WORTHWHILE = 0.1
 _CLOSE = 0.4  # a discrepancy that the family mends; right Gaussians of real posteriors are at .05 to .45
-_WORTHWHILE_ROUND = 1.0  # nats of ELBO
+# Nats of ELBO: in thousands of dimensions, with the noise of minibatches, every round gains some.
+_WORTHWHILE_ROUND, _WORTHWHILE_PER_DIM = 1.0, 0.01
 _NUM_ERRORS = 4.0  # standard errors, of 16 draws: exceeded once in 2,000 times
 
 
@@ -200,7 +201,7 @@ class BatchAndMatch:
             if not new_elbo > last_elbo and math.isfinite(last_elbo):
                 break
             affine, elbo, discrepancy = matched, new_elbo, new_discrepancy
-            if discrepancy <= _CLOSE or elbo - last_elbo < _WORTHWHILE_ROUND:
+            if discrepancy <= _CLOSE or elbo - last_elbo < max(_WORTHWHILE_ROUND, _WORTHWHILE_PER_DIM * target.dim):
                 break
         resolution = 100.0 * scored.eps * affine.loc.abs()
         return GaussianFit(

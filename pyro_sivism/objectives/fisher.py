@@ -14,6 +14,7 @@ the guide's loss the game measured safe.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -72,8 +73,8 @@ class FisherDivergence(Objective):
                 "expected annealing_steps >= 0 and 0 < annealing_start <= 1, got "
                 f"{annealing_steps} and {annealing_start}"
             )
-        if not path_weight >= 0:
-            raise ArgumentError(f"expected path_weight of at least 0, got {path_weight}")
+        if not 0 <= path_weight < math.inf:
+            raise ArgumentError(f"expected a finite path_weight of at least 0, got {path_weight}")
         self.target_residual, self.path_weight = target_residual, path_weight
         self.annealing_steps, self.annealing_start = annealing_steps, annealing_start
 

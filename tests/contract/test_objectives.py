@@ -260,6 +260,7 @@ def test_fisher_divergence_has_a_path_term_unless_its_weight_is_zero(family):
         {"path_weight": -1e-9},
         {"path_weight": float("-inf")},
         {"path_weight": float("nan")},
+        {"path_weight": float("inf")},
     ],
     ids=str,
 )

@@ -276,6 +276,8 @@ def waves(*shape):
         (lambda x, w: torch.bmm(w.expand(5, 4, 3), x), [(5, 3, 1), (4, 3)]),
         (lambda x, w: torch.bmm(w.expand(5, 3, 4).mT, x), [(5, 3, 1), (1, 3, 4)]),
         (lambda x, w: torch.bmm(w.expand(5, 3, 3), x), [(5, 3, 1), (3, 3)]),
+        (lambda x, w: torch.bmm(w.expand(5, 4, 3), x), [(5, 3, 2), (4, 3)]),
+        (lambda x, w: torch.bmm(w.expand(5, 3, 4).mT, x.mT), [(5, 2, 3), (3, 4)]),
         (lambda x, w: torch.bmm(w.expand(5, 4, 3), x.expand(5, 3, 2)), [(3, 2), (4, 3)]),
     ],
 )
@@ -297,7 +299,6 @@ def test_products_with_one_matrix_are_one_product(function, shapes):
     ("function", "shapes"),
     [
         (torch.bmm, [(5, 4, 3), (5, 3, 2)]),
-        (lambda x, w: torch.bmm(w.expand(5, 4, 3), x), [(5, 3, 2), (4, 3)]),
         (lambda x, w: torch.bmm(x, w.expand(5, 3, 2)), [(5, 4, 3), (5, 1, 2)]),
         (lambda x, w: torch.bmm(x, w.expand(5, 3, 2)), [(5, 4, 3), (2,)]),
         (lambda x, w: torch.bmm(x, w.expand(5, 3, 2)), [(5, 4, 3), (1, 2)]),
@@ -313,12 +314,27 @@ def test_products_with_several_matrices_stay(function, shapes):
     torch.testing.assert_close(recording.compile()(*inputs), function(*inputs), rtol=1e-13, atol=1e-13)
 
 
-def test_a_batch_s_products_with_an_input_are_one_product():
+def test_products_with_one_constant_matrix_are_one_product():
+    matrix, x = waves(4, 3), waves(5, 3, 2)
+    recording = simplify(record(lambda x: torch.bmm(matrix.expand(5, 4, 3), x), x))
+    assert aten.bmm.default not in targets(recording)
+    torch.testing.assert_close(recording.compile()(x), matrix @ x, rtol=1e-13, atol=1e-13)
+
+
+def test_products_with_several_constant_matrices_stay():
+    matrices, x = waves(5, 4, 3), waves(5, 3, 2)
+    recording = simplify(record(lambda x: torch.bmm(matrices, x), x))
+    assert targets(recording).count(aten.bmm.default) == 1
+    torch.testing.assert_close(recording.compile()(x), matrices @ x, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("num_columns", [1, 2])
+def test_a_batch_s_products_with_an_input_are_one_product(num_columns):
     """Forward, and in the gradient."""
-    matrix, x = waves(4, 3), waves(5, 3)
+    matrix, x = waves(4, 3), waves(5, 3 * num_columns)
 
     def function(x, matrix):
-        return ((matrix @ x[:, None].exp()) ** 3).sum()
+        return ((matrix @ x.reshape(3, num_columns).exp()) ** 3).sum()
 
     score = vmap(grad(function), (0, None))
     recording = record(score, x, matrix, differentiates=True)

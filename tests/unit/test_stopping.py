@@ -32,7 +32,8 @@ def test_a_run_ends_when_it_has_settled():
 def test_a_run_ends_when_it_has_stalled():
     assert cycles(FAR, NEAR, NEAR) == [300, 300, 0]
     assert cycles(FAR, NEAR, (0.05, 0.6)) == [300, 300, 600]
-    assert cycles(FAR, NEAR, (0.1, 0.5)) == [300, 300, 600]
+    assert cycles(FAR, NEAR, (0.1, 0.46)) == [300, 300, 0]
+    assert cycles(FAR, NEAR, (0.1, 0.44)) == [300, 300, 600]
     assert cycles(FAR, (0.02, 4.0)) == [300, 300]  # the first cycle may leave more than there was
     assert cycles((0.02, 0.5), (0.02, 0.6), (0.02, 0.6)) == [300, 300, 0]
 
