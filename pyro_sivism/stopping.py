@@ -26,8 +26,8 @@ _SMALL_MOMENT_ERROR = 0.05  # sds, or log2 of an sd
 # Beyond, the verdict is not good, and errors may yet come down late: times what is small, and a divergence of the
 # verdict's own threshold, 1, or D / 32 beyond 32 dimensions.
 _TOLERABLE = 3.5
-# Of a Gaussian whose means are all off by the standard error of 1,000 draws; all told, no more than shows in one mean.
-_MATCHED_PER_DIM, _MAX_MATCHED = 1e-3, 0.03
+# Of a Gaussian whose means are all off by the standard error of 1,000 draws, or one of them by a tenth of an sd.
+_MATCHED_PER_DIM, _MAX_MATCHED = 1e-3, 0.01
 _GAIN = 0.25
 
 

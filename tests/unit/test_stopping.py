@@ -78,10 +78,10 @@ def test_a_gaussian_that_is_the_posterior_takes_no_step_unless_it_is_to_go_on():
 
 
 def test_a_gaussian_matches_up_to_the_noise_of_1000_draws():
-    assert cycles((0.01, 0.009), dim=10) == [0]
-    assert cycles((0.01, 0.011), dim=10) == [150]
-    assert cycles((0.01, 0.029), dim=1000) == [0]
-    assert cycles((0.01, 0.031), dim=1000) == [150]
+    assert cycles((0.01, 0.0049), dim=5) == [0]
+    assert cycles((0.01, 0.0051), dim=5) == [150]
+    assert cycles((0.01, 0.009), dim=1000) == [0]
+    assert cycles((0.01, 0.011), dim=1000) == [150]
 
 
 def test_a_gaussian_that_is_nearly_right_is_polished_in_short_cycles():
