@@ -138,13 +138,15 @@ def own_cases(names: Iterable[str], references: Path) -> list[Case]:
 
 
 def other_cases(folder: Path, names: Iterable[str] | None) -> list[Case]:
-    """Those of a folder, all of them or some."""
+    """Those of a folder, all of them or some, without the functions of latents that its metrics call optional."""
     models, metrics = _module(folder / "models.py"), None
     if (folder / "metrics.py").exists():
         metrics = _module(folder / "metrics.py")
+    optional = getattr(metrics, "OPTIONAL", ())
 
     def case(name: str) -> Case:
         model, data, draws = models.load(name)
+        draws = {site: values for site, values in draws.items() if site not in optional}
         return Case(name, model, (data,), lambda: Reference.from_draws(draws, moments=_moments(name, draws, metrics)))
 
     return [case(name) for name in models.POSTERIORS if names is None or name in names]
