@@ -13,7 +13,7 @@ is not ``y - (m + c)`` where y and m nearly cancel.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -136,7 +136,7 @@ class _Factors:
                 node.replace_all_uses_with(result)
 
     def _scaled(self, node: fx.Node) -> fx.Node | None:
-        """The same in one multiplication, whose parts are remembered, or None if the operation does not scale."""
+        """The same in one multiplication for each factor, remembered in parts; None if the operation does not scale."""
         if self._size(node) < _LARGE:
             return None
         product, meta = self._product(node), node.meta["val"]
@@ -148,7 +148,7 @@ class _Factors:
         elif not product.factors and product.number == 1.0:
             result = product.rest
         else:
-            result = _call(self.graph, aten.mul.Tensor, meta, product.rest, self._small(product))
+            result = self._multiplied(meta, product.rest, product.factors, product.number)
         self._products[result] = product
         return result
 
@@ -206,10 +206,16 @@ class _Factors:
             return None
         meta = node.meta["val"]
         total = _call(self.graph, aten.sum.dim_IntList, meta, product.rest, *node.args[1:])
-        # One after the other: in float32 the product of the factors alone, as 1 / s^4, may underflow.
-        for by in (*factors, *([] if product.number == 1.0 else [product.number])):
-            total = _call(self.graph, aten.mul.Tensor, meta, total, by)
-        return total
+        return self._multiplied(meta, total, cast("list[fx.Node]", factors), product.number)
+
+    def _multiplied(self, meta: TensorMeta, value: fx.Node, factors: Sequence[fx.Node], number: float) -> fx.Node:
+        """By one factor after the other: in float32 their product alone, as 1 / s^4, may underflow."""
+        multipliers: list[float | fx.Node] = [*factors] or [number]
+        if factors and number != 1.0:
+            multipliers[-1] = self._like(aten.mul.Tensor, factors[-1], number)
+        for by in multipliers:
+            value = _call(self.graph, aten.mul.Tensor, meta, value, by)
+        return value
 
     def _without_dims(self, factor: fx.Node, dims: list[int], rank: int, keepdim: bool = False) -> fx.Node | None:
         """A factor of a tensor as one of its sum; None if it is not the same for all terms."""
@@ -224,15 +230,6 @@ class _Factors:
 
     def _parts(self, node: Any) -> _Product:
         return self._products.get(node, _Product(1.0, (), node))
-
-    def _small(self, product: _Product) -> float | fx.Node:
-        """Number and factors together."""
-        if not product.factors:
-            return product.number
-        factor, *others = product.factors
-        for by in (*others, *([] if product.number == 1.0 else [product.number])):
-            factor = self._like(aten.mul.Tensor, factor, by)
-        return factor
 
     def _as_factor(self, value: Any, node: fx.Node) -> float | fx.Node | None:
         """A number, or a tensor that is much smaller than the node's, in its type; otherwise None."""

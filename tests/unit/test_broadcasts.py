@@ -465,3 +465,15 @@ def composition(seed):
 @pytest.mark.parametrize("seed", range(24))
 def test_random_compositions_have_their_values_and_gradients(seed):
     check_captured(composition(seed), 0.4 * waves(4), Y, tolerance=1e-10)
+
+
+def test_a_tensor_with_two_factors_does_not_underflow():
+    """1 / s^4 alone is 0 in float32, and 1 / s^2 is not."""
+    x, s = torch.full((5, 300, 2), 1e24), torch.full((5, 1, 2), 1e12)
+
+    def function(x, s):
+        v = s.square().expand(5, 300, 2)
+        return (x / v / v * 1e24).exp().cumsum(-1)
+
+    recording = factor_out(simplify(record(function, x, s)), 5)
+    torch.testing.assert_close(recording.compile()(x, s), function(x, s))
