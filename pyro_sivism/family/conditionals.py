@@ -70,7 +70,7 @@ class _LocScale(nn.Module):
     """
 
     low: Tensor
-    high: Tensor
+    span: Tensor
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class _LocScale(nn.Module):
         init, low, high = (torch.full((dim,), value) for value in (init_scale, min_scale, max_scale))
         init[mixing_dim:], high[mixing_dim:] = 1.0, max(max_scale, 1.6)
         self.register_buffer("low", low)
-        self.register_buffer("high", high)
+        self.register_buffer("span", high - low)
         self.logit = nn.Parameter(torch.logit((init - low) / (high - low)))
         self.gated, self.scale_depends_on_z = gated, scale_depends_on_z
         num_outputs = 1 + gated + scale_depends_on_z
@@ -114,7 +114,7 @@ class _LocScale(nn.Module):
             loc = loc + bend
             if self.scale_depends_on_z:
                 logit = logit + others[-1]
-        return loc, self.low + (self.high - self.low) * torch.sigmoid(logit)
+        return loc, torch.addcmul(self.low, self.span, torch.sigmoid(logit))
 
     def input_parameters(self) -> list[nn.Parameter]:
         return [*self.skip.parameters(), *(self.net.input_parameters() if self.net is not None else [])]

@@ -107,7 +107,7 @@ class ScoreNetwork(nn.Module):
 
         The new moments are those of a mixture, of the old ones with weight ``1 - decay`` and the batch with ``decay``.
         """
-        mean, variance = x.mean(0), x.var(0, correction=0)
+        variance, mean = torch.var_mean(x, 0, correction=0)
         between = (1.0 - self.decay) * (mean - self.mean).square()
         self.sd.copy_(self.sd.square().lerp(variance + between, self.decay).sqrt())
         self.mean.lerp_(mean, self.decay)

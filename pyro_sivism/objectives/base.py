@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.nn.functional import mse_loss
 
 from pyro_sivism.errors import NonFiniteError
 from pyro_sivism.family import ScoreNetwork, SemiImplicit, SemiImplicitSample, TargetDensity
@@ -80,7 +81,8 @@ class Objective:
 
     def critic_loss(self, sample: SemiImplicitSample, step: int) -> Tensor:
         """``mean |s(x) - grad_x log q(x|z)|^2`` over a batch of draws that carries no gradient."""
-        return (self.critic(sample.x) - sample.conditional_score).square().sum(-1).mean()
+        total = mse_loss(self.critic(sample.x), sample.conditional_score, reduction="sum")
+        return total / len(sample.x)
 
     def critic_value(self, x: Tensor, target_score: Tensor) -> Tensor:
         """``f(x)`` (B, D), the critic's estimate of ``grad log p - grad log q``."""

@@ -121,8 +121,8 @@ def parameter_gradients(family: SemiImplicit, loc_gradient: Tensor, covariance_g
     with torch.no_grad():
         scale = conditional.loc_scale
         fraction = torch.sigmoid(scale.logit)
-        sigma = scale.low + (scale.high - scale.low) * fraction
-        slope = (scale.high - scale.low) * fraction * (1.0 - fraction)
+        sigma = scale.low + scale.span * fraction
+        slope = scale.span * fraction * (1.0 - fraction)
         gradients = {
             "conditional.loc_scale.skip.weight": 2.0 * covariance_gradient @ conditional.loc_scale.skip.weight,
             "conditional.loc_scale.skip.bias": loc_gradient,
