@@ -28,7 +28,7 @@ from pyro_sivism.target.batch_graph import BatchGraph, sizes_in, unused_size
 from pyro_sivism.target.broadcasts import expand_late, factor_out
 from pyro_sivism.target.functorch import functorch_ready
 from pyro_sivism.target.graph import is_random, simplify
-from pyro_sivism.target.paths import agree, direction
+from pyro_sivism.target.paths import agree, direction, nudged, rounding_slack
 from pyro_sivism.target.recording import Recording, record
 from pyro_sivism.target.runs import ModelRuns
 
@@ -164,6 +164,9 @@ def _check_sizes(graph: BatchGraph, x: Tensor, inputs: Sequence[Tensor]) -> None
     """Raise unless a batch gives the same as its parts, a single point among them."""
     with torch.no_grad():
         whole = graph(x, *inputs)
-        parts = zip(*(graph(part, *inputs) for part in x.split([1, 4, len(x) - 5])))
-    if not all(agree(torch.cat(part), want) for part, want in zip(parts, whole)):
+        parts = [torch.cat(part) for part in zip(*(graph(part, *inputs) for part in x.split([1, 4, len(x) - 5])))]
+        if all(map(agree, parts, whole)):
+            return
+        slacks = map(rounding_slack, whole, zip(*(graph(near, *inputs) for near in nudged(x))))
+    if not all(map(agree, parts, whole, slacks)):
         raise CaptureError("a batch's graph does not give what the graphs of its parts give")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,8 @@ __all__ = [
     "agree",
     "direction",
     "first_line",
+    "nudged",
+    "rounding_slack",
     "values_at",
     "with_autograd",
 ]
@@ -24,6 +26,8 @@ __all__ = [
 # What a distribution or a factorization raises at a bad point: ValueError from validation that the user switched on
 # for one distribution, LinAlgError (a RuntimeError), or torch.func refusing to word either of them.
 PARTICLE_ERRORS = (RuntimeError, ValueError)
+
+_NUM_NUDGES = 8
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,24 @@ def agree(got: Tensor | None, want: Tensor | None, slack: Tensor | float = 0.0) 
     tolerance = 50 * torch.finfo(want.dtype).eps ** 0.75
     allowed = tolerance * (1.0 + scale + want.abs().nan_to_num(posinf=0.0)) + slack
     return bool(((got - want).abs() <= allowed).logical_or(got == want).logical_or(got.isnan() & want.isnan()).all())
+
+
+def nudged(points: Tensor) -> Iterator[Tensor]:
+    """Points (..., D) with every coordinate eight roundings up or down, in eight fixed patterns."""
+    size = 8 * torch.finfo(points.dtype).eps
+    coordinates = torch.arange(1, points.shape[-1] + 1, dtype=points.dtype, device=points.device)
+    for i in range(1, _NUM_NUDGES + 1):
+        yield points * (1 + size * torch.cos(i * coordinates).sign())
+
+
+def rounding_slack(want: Tensor, at_nudged: Iterable[Tensor]) -> Tensor | float:
+    """How far two right ways to compute ``want`` may be apart, given its values at :func:`nudged` points.
+
+    Where a density is ill-conditioned they differ by about as much as either differs from itself at points a few
+    roundings away: ten times that is allowed. Infinite where no value at such a point can be had.
+    """
+    changes = [(near - want).abs().masked_fill(near == want, 0.0) for near in at_nudged]
+    return 10 * torch.stack(changes).nan_to_num(nan=torch.inf).amax(0) if changes else torch.inf
 
 
 def first_line(error: Exception) -> str:

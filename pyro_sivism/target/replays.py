@@ -9,7 +9,7 @@ nobody can compare are passed again; and after every hundred replays.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,14 +18,13 @@ from torch import Tensor
 from pyro_sivism.errors import ModelError
 from pyro_sivism.target.batch_graph import BatchGraph
 from pyro_sivism.target.capture import CapturedDensity, CaptureError
-from pyro_sivism.target.paths import PARTICLE_ERRORS, agree, direction, values_at
+from pyro_sivism.target.paths import PARTICLE_ERRORS, agree, direction, nudged, rounding_slack, values_at
 from pyro_sivism.target.runs import ModelRuns
 
 __all__ = ["Replays"]
 
 _MAX_RECORDINGS = 8  # of one signature, for different values of what a graph holds as constants
 _CHECK_EVERY = 100
-_NUM_NUDGES = 8
 
 
 class Replays:
@@ -105,11 +104,7 @@ class Replays:
         return fault
 
     def _compare(self, x: Tensor, log_density: Tensor | None, score: Tensor | None, row: int) -> str | None:
-        """What is wrong with the values found at one point of a batch.
-
-        Where the density is ill-conditioned two right ways to compute it differ, by about as much as either differs
-        from itself at points a few roundings away: ten times that is allowed on top.
-        """
+        """What is wrong with the values found at one point of a batch."""
         point = x[row].detach()
         differentiable = score is not None and score.requires_grad
         want = self._model_at(point, differentiable)
@@ -121,10 +116,9 @@ class Replays:
             (got["score's derivative"],) = torch.autograd.grad(along, x, retain_graph=True, materialize_grads=True)
         found = {name: values[row].detach() for name, values in got.items() if values is not None}
         suspects = [name for name, values in found.items() if not agree(values, want[name])]
-        nudged = [self._model_at(near, differentiable) for near in _nudged(point)] if suspects else []
+        at_nudged = [self._model_at(near, differentiable) for near in nudged(point)] if suspects else []
         for name in suspects:
-            changes = [(values[name] - want[name]).abs() for values in nudged if values is not None]
-            slack = 10 * torch.stack(changes).nan_to_num(nan=torch.inf).amax(0) if changes else torch.inf
+            slack = rounding_slack(want[name], [values[name] for values in at_nudged if values is not None])
             if not agree(found[name], want[name], slack):
                 return f"the {name} at one draw is {_number(found[name])}, the model's {_number(want[name])}"
         return None
@@ -137,13 +131,6 @@ class Replays:
             raise
         except PARTICLE_ERRORS:
             return None
-
-
-def _nudged(point: Tensor) -> Iterator[Tensor]:
-    """A point (D,) with every coordinate eight roundings up or down, in eight fixed patterns."""
-    size = 8 * torch.finfo(point.dtype).eps
-    for i in range(_NUM_NUDGES):
-        yield point * (1 + size * torch.cos((i + 1.0) * torch.arange(1, len(point) + 1, device=point.device)).sign())
 
 
 def _number(value: Tensor) -> str:

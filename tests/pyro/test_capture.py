@@ -20,10 +20,11 @@ from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from pyro_sivism import SIVISM, FisherDivergence, FixedGaussian
 from pyro_sivism.errors import NonDeterministicModelError, TargetPathWarning
 from pyro_sivism.layout import LatentLayout
-from pyro_sivism.target import Target, binding, density, replays
+from pyro_sivism.target import Target, binding, capture, density, replays
 from pyro_sivism.target.arguments import Arguments
 from pyro_sivism.target.capture import CapturedDensity, CaptureError
 from pyro_sivism.target.minibatches import draw_indices
+from pyro_sivism.target.paths import agree, nudged, rounding_slack
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -788,3 +789,78 @@ def test_the_same_draws_for_the_same_seed_captured_or_not(model, dim, loss):
         assert sivism.target.path.name == ("captured" if captured else "vmap")
         draws.append(sivism.sample(50)["a"])
     torch.testing.assert_close(*draws, rtol=0.0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("error::pyro_sivism.errors.TargetPathWarning")
+def test_roundings_of_long_sums_are_no_disagreement():
+    """In float32 at the maximum of 5,000 terms, where their sum in another order has another score.
+
+    One nudge of all coordinates alike allows too little at some of these points. That the default dtype is another
+    than the model's changes nothing.
+    """
+    torch.manual_seed(0)
+    X = torch.randn(5000, 24)
+    X[:, 12:] = X[:, :12] + 0.05 * X[:, 12:]
+    y = 8.0 + 20.0 * (X[:, :12] - X[:, 12:]).sum(1) + 0.1 * torch.randn(5000)  # of terms that nearly cancel
+    X, y = X.float(), y.float()
+
+    def regression(X, y):
+        intercept = pyro.sample("intercept", dist.Normal(X.new_tensor(0.0), 1e4))
+        b = pyro.sample("b", dist.Normal(X.new_zeros(24), 1e4).to_event(1))
+        sigma = pyro.sample("sigma", dist.HalfNormal(X.new_tensor(1.0)))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(intercept + X @ b, sigma), obs=y)
+
+    design = torch.cat([X.new_ones(5000, 1), X], 1).double()
+    best = torch.linalg.lstsq(design, y.double()[:, None]).solution[:, 0]
+    log_sd = (y.double() - design @ best).square().mean().log() / 2
+    target = make_target(regression, X, y)
+    assert target.layout.dtype is torch.float32
+    near = 1.0 + 1e-7 * torch.randn(40, 8, 26)
+    for batch in near * torch.cat([best, log_sd[None]]):
+        target.check_soon()
+        target.score(batch.float())
+    assert target.path.name == "captured"
+
+
+def test_roundings_of_a_batch_and_of_its_parts_are_no_disagreement():
+    """In float32, with means that are sums of terms of 1e4 and a noise of 0.1."""
+    torch.manual_seed(0)
+    X = torch.randn(50, 24).float()
+    y = 1e4 * X.sum(1) + 0.1 * torch.randn(50).float()
+
+    def regression(X, y):
+        b = pyro.sample("b", dist.Normal(X.new_full((24,), 1e4), 1.0).to_event(1))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(X @ b, 0.1), obs=y)
+
+    target = make_target(regression, X, y, paths=("loop",))
+    assert target.layout.dtype is torch.float32
+    CapturedDensity(target._binding.runs, target._binding.init)
+
+
+def test_a_graph_that_is_wrong_for_other_sizes_of_batches_is_refused():
+    def by_size(x):
+        return (x.sum(-1) / len(x), x / len(x))
+
+    with pytest.raises(CaptureError, match="graphs of its parts"):
+        capture._check_sizes(by_size, torch.rand(12, 3), [])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("default", [torch.float32, torch.float64])
+def test_nudges_are_of_the_size_of_roundings_of_the_points(dtype, default):
+    torch.set_default_dtype(default)  # which the fixture sets back
+    x = torch.linspace(0.5, 7.0, 26, dtype=dtype)
+    steps = torch.stack([near - x for near in nudged(x)]) / (x * torch.finfo(dtype).eps)
+    assert steps.dtype is dtype
+    assert ((steps.abs() > 6.0) & (steps.abs() < 10.0)).all()
+    assert len(steps.sign().unique(dim=0)) == len(steps) == 8
+
+
+def test_an_infinite_density_has_no_slack():
+    want = torch.tensor([-torch.inf, 1.0, torch.nan])
+    slack = rounding_slack(want, [want, want + 0.25])
+    assert slack.tolist() == [0.0, 2.5, torch.inf]
+    assert not agree(torch.zeros(3), want, slack)
+    assert agree(want, want, slack)
