@@ -791,6 +791,19 @@ def test_the_same_draws_for_the_same_seed_captured_or_not(model, dim, loss):
     torch.testing.assert_close(*draws, rtol=0.0, atol=1e-5)
 
 
+@pytest.mark.parametrize("num_rows", [50, 5000])
+def test_a_path_is_not_refused_for_the_roundings_of_raw_units(num_rows):
+    """In float32, with coefficients of 1e4 and 1e5."""
+    X = torch.randn(num_rows, 24, generator=torch.Generator().manual_seed(0)).float()
+
+    def regression(X):
+        b = pyro.sample("b", dist.Normal(X.new_full((24,), 1e5), 1.0).to_event(1))
+        with pyro.plate("data", len(X)):
+            pyro.sample("y", dist.Normal(X @ b, 1.0), obs=X.sum(1) * 1e5)
+
+    assert make_target(regression, X).path.name == "captured"
+
+
 @pytest.mark.filterwarnings("error::pyro_sivism.errors.TargetPathWarning")
 def test_roundings_of_long_sums_are_no_disagreement():
     """In float32 at the maximum of 5,000 terms, where their sum in another order has another score.
