@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from pyro_sivism.diagnostics import (
     DriftStatistics,
     FisherStatistics,
-    MomentErrors,
     Verdict,
     drift_statistics,
     find_modes,
@@ -24,7 +23,6 @@ from pyro_sivism.diagnostics import (
     stein_statistics,
     tail_indices,
 )
-from pyro_sivism.diagnostics.moments import NUM_STANDARD_ERRORS
 from pyro_sivism.errors import ArgumentError, NonFiniteError
 from pyro_sivism.family import AffineMap, GaussianFit, SemiImplicit
 from pyro_sivism.objectives import Objective
@@ -156,23 +154,11 @@ def gather_evidence(
         score = _scores(target, x, num_blocks)
         errors = stein_statistics(x, score, num_blocks=num_blocks).coordinates
         fisher = _fisher(target, affine, objective.critic, objective, sample.x, x, score, sample.conditional_score)
-        evidence = Evidence(num_steps, _largest(errors), fisher.bulk)
+        evidence = Evidence(num_steps, errors.largest(), fisher.bulk)
         if target.is_subsampled or evidence.moment_error >= _LARGE or not rule.may_end(evidence):
             return evidence, None
         drift = _drift(target, affine, family, x, _NUM_EVIDENCE_TRAJECTORIES)
     except (ArgumentError, NonFiniteError):  # too few draws left, or no spread in them
         return Evidence(num_steps, moment_error=math.inf, divergence=math.inf), None
-    moment_error = max(_largest(drift.limit(errors)), _largest(drift.coordinates))
+    moment_error = max(drift.limit(errors).largest(), drift.coordinates.largest())
     return replace(evidence, moment_error=moment_error, by_chains=True), drift
-
-
-def _largest(errors: MomentErrors) -> float:
-    """The largest error, beyond what chance makes the largest of 2 K: ``sqrt(2 log 4K)`` standard errors.
-
-    A run would go on for that much alone, in a hundred dimensions to its most steps. A large error is one whatever its
-    standard error, which may be as large where q is far off.
-    """
-    sure = torch.cat([errors.sure_mean, errors.sure_log2_sd]).abs()
-    se = torch.cat([errors.mean_se, errors.log2_sd_se])
-    chance = max(0.0, math.sqrt(2.0 * math.log(2.0 * len(sure))) - NUM_STANDARD_ERRORS) * se
-    return torch.where(sure > _LARGE, sure, (sure - chance).clamp(min=0.0)).max().item()

@@ -73,8 +73,8 @@ class Recipe:
         followed z; with gates both are off by .09 and less after 300 steps. Where D is in the thousands, of no
         hierarchy that was measured, gates would double the networks' largest layers.
 
-        Beyond D = 256 z is shorter than x, so that the networks grow with D and not with D^2: coordinates without a
-        mixing variable of their own start with conditional sd 1.
+        Beyond D = 256 z is shorter than x and the critic narrower, so that the networks grow with D and not with D^2:
+        coordinates without a mixing variable of their own start with conditional sd 1.
 
         The default critic begins as the exact score of the first q and needs little of a warm-up; a critic of the
         user's, or a guide that was trained before, is what it is there for.
@@ -87,7 +87,7 @@ class Recipe:
             critic_warmup_steps=50,
             mixing_dim=min(dim, _MAX_MIXING_DIM),
             guide_hidden_dims=(_clip(2 * dim, 64, 256),) * 2,
-            critic_hidden_dims=(_clip(3 * dim, 128, 512),) * 2,
+            critic_hidden_dims=(256 if large else _clip(3 * dim, 128, 512),) * 2,
             guide_lr=3e-3 * min(1.0, (30.0 / dim) ** 0.5),
             critic_lr=6e-3,
             input_lr_factor=min(1.0, 16.0 / dim),

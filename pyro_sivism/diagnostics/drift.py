@@ -44,7 +44,7 @@ _MAX_HALVINGS = 6
 _WANTED_ACCEPTANCE, _ENOUGH_ACCEPTANCE = 0.92, 0.7
 _FIRST_TRAJECTORIES, _MAX_TRAJECTORIES = 8, 32
 _FORGOTTEN = 0.4  # a correlation with the starts
-_NOTHING, _CERTAIN = 0.05, 0.5  # errors beyond two standard errors between which more trajectories may tell more
+_NOTHING, _CERTAIN = 0.05, 0.5  # errors beyond chance between which more trajectories may tell more
 _MAX_CORRELATION = 0.8  # up to which changes are extrapolated; beyond it the verdict vouches for nothing
 
 
@@ -205,8 +205,8 @@ def _trajectory(target: WhitenedTarget, start: _State, step_size: float, num_ste
 
 def _is_conclusive(errors: MomentErrors, correlation: Tensor) -> bool:
     """Whether more trajectories would hardly change what the chains say."""
-    worst = torch.maximum(errors.sure_mean.abs(), errors.sure_log2_sd.abs()).max()
-    return bool(worst > _CERTAIN or (worst < _NOTHING and correlation.max() < _FORGOTTEN))
+    worst = errors.largest()
+    return worst > _CERTAIN or (worst < _NOTHING and bool(correlation.max() < _FORGOTTEN))
 
 
 def _moment_errors(before: Tensor, late: Tensor) -> tuple[MomentErrors, Tensor]:

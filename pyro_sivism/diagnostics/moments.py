@@ -38,6 +38,8 @@ _MIN_SD = 0.25
 # chance by little more than one standard error, which is .02 with 4,096 draws.
 NUM_STANDARD_ERRORS = 2.0
 
+_LARGE = 0.5  # sds, or log2 of an sd
+
 
 @dataclass(frozen=True)
 class MomentErrors:
@@ -74,6 +76,14 @@ class MomentErrors:
             sure_mean=-_shrink(first, first_se) / sure_variance.sqrt(),
             sure_log2_sd=-0.5 * sure_variance.log2(),
         )
+
+    def largest(self) -> float:
+        """The largest error, beyond what chance makes the largest of 2 K: ``sqrt(2 log 4K)`` standard errors."""
+        sure = torch.cat([self.sure_mean, self.sure_log2_sd]).abs()
+        se = torch.cat([self.mean_se, self.log2_sd_se])
+        chance = max(0.0, math.sqrt(2.0 * math.log(2.0 * len(sure))) - NUM_STANDARD_ERRORS) * se
+        # A large error is one whatever its standard error, which may be as large where q is far off.
+        return torch.where(sure > _LARGE, sure, (sure - chance).clamp(min=0.0)).max().item()
 
     def limited(self, other: MomentErrors, where: Tensor) -> MomentErrors:
         """These errors, in the directions of ``where (K,)`` no larger than the other's with two standard errors."""

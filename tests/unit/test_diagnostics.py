@@ -595,3 +595,22 @@ def test_verdict_as_plain_values():
     assert values["verdict"] == "suspect"
     assert values["stein_mean_max"] == pytest.approx(0.3)
     assert all(isinstance(value, (str, int, float)) for value in values.values())
+
+
+@pytest.mark.parametrize("count", [1, 10, 1000])
+def test_the_largest_of_many_errors_counts_beyond_chance(count):
+    """Noise of so many standard errors has a largest of about ``sqrt(2 log 4K)``; .5 is an error whatever its noise."""
+    torch.manual_seed(count)
+    se = torch.full((count,), 0.05, dtype=torch.double)
+
+    def largest(mean):
+        none, sure = torch.zeros_like(se), mean.sign() * (mean.abs() - 2.0 * se).clamp(min=0.0)
+        return MomentErrors(mean, se, none, se, sure, none).largest()
+
+    noise = [largest(se * torch.randn_like(se)) for _ in range(200)]
+    assert sum(noise) / len(noise) < 0.005
+    spike = torch.zeros_like(se)
+    spike[0] = 0.4
+    assert largest(spike) == pytest.approx(0.4 - 0.05 * max(2.0, math.sqrt(2.0 * math.log(4.0 * count))))
+    spike[0] = 0.7
+    assert largest(spike) == pytest.approx(0.6)
