@@ -81,7 +81,7 @@ def test_a_gaussian_matches_up_to_the_noise_of_1000_draws():
     assert cycles((0.01, 0.0049), dim=5) == [0]
     assert cycles((0.01, 0.0051), dim=5) == [150]
     assert cycles((0.01, 0.009), dim=1000) == [0]
-    assert cycles((0.01, 0.011), dim=1000) == [150]
+    assert cycles((0.01, 0.011), dim=1000) == [300]
 
 
 def test_a_gaussian_that_is_nearly_right_is_polished_in_short_cycles():
@@ -89,6 +89,8 @@ def test_a_gaussian_that_is_nearly_right_is_polished_in_short_cycles():
     assert cycles((0.05, 0.2), NEAR, NEAR) == [150, 150, 0]
     assert cycles((0.05, 0.2), FAR, FAR, FAR, FAR, FAR) == [150, 150, 300, 600, 1200, 0]
     assert cycles((0.06, 0.2)) == cycles((0.05, 0.21)) == [300]
+    assert cycles((0.05, 0.2), dim=16) == [150]
+    assert cycles((0.05, 0.2), dim=17) == [300]
 
 
 def test_divergences_are_small_in_proportion_to_the_dimension():
