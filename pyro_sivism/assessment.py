@@ -36,7 +36,7 @@ _MIN_DRAWS, _MAX_DRAWS, _DRAWS_PER_DIM = 2048, 8192, 64
 _NUM_UNSCORED_DRAWS = 6144  # which cost nothing: what chains are compared with is then known better than they are
 _NUM_CHAINS = 512
 _NUM_LARGE_CHAINS = 96  # beyond D = 256, where each of their steps costs more: more than the fit otherwise
-_NUM_TRAJECTORIES, _NUM_EVIDENCE_TRAJECTORIES = 32, 8  # at most
+_NUM_TRAJECTORIES, _NUM_EVIDENCE_TRAJECTORIES = 32, 4  # at most
 _NUM_MINIBATCHES = 16
 _LARGE = 0.5  # sds, or log2 of an sd
 _MAX_MODE_SEARCH_DIM = 256  # beyond, climbs from everywhere cost more than the fit
@@ -49,7 +49,6 @@ def assess(
     family: SemiImplicit,
     objective: Objective,
     gaussian: GaussianFit | None,
-    drift: DriftStatistics | None = None,
 ) -> Verdict:
     """Judge q from 2,048 to 8,192 draws with scores, the more the more dimensions, and 512 chains.
 
@@ -62,7 +61,6 @@ def assess(
         family: q.
         objective: holds the critic.
         gaussian: the fit that q started from, whose paths may have ended in other modes; None if there is none.
-        drift: what chains from this q's draws have said already, if anything; taken if it is conclusive.
 
     Raises:
         ArgumentError: a coordinate of the draws does not vary.
@@ -75,12 +73,10 @@ def assess(
     exact = not target.is_subsampled
     seeks_modes = exact and target.dim <= _MAX_MODE_SEARCH_DIM
     ends = gaussian.path_ends if gaussian is not None and len(gaussian.path_ends) else None
-    if exact and (drift is None or not drift.is_conclusive):
-        drift = _drift(target, affine, family, x, _NUM_TRAJECTORIES)
     return judge(
         stein_statistics(x, score, num_blocks=num_blocks),
         fisher=_fisher(target, affine, objective.critic, objective, sample.x, x, score, sample.conditional_score),
-        drift=drift if exact else None,
+        drift=_drift(target, affine, family, x, _NUM_TRAJECTORIES) if exact else None,
         modes=find_modes(target, x, extra_starts=ends) if seeks_modes else None,
         tails=tail_indices(target, x) if seeks_modes else None,
         labels=target.layout.coordinate_names,
@@ -142,10 +138,11 @@ def gather_evidence(
     objective: Objective,
     num_steps: int,
     rule: StoppingRule,
-) -> tuple[Evidence, DriftStatistics | None]:
+) -> Evidence:
     """How far q is from the posterior after ``num_steps`` steps; infinitely far where the target is not finite at most
     draws. The other arguments are those of :func:`assess`, of whose instruments it uses those that look at moments.
-    Chains, which are dear, are run where they decide whether the run ends, and what they said comes beside.
+    Chains, which are dear, are short, and run only where they decide whether the run ends. The verdict has its own: a
+    run that ends when chains find nothing has been chosen for what those chains, by chance, have missed.
     """
     sample = family.rsample(_num_draws(target.dim))
     x = affine.forward(sample.x)
@@ -156,9 +153,9 @@ def gather_evidence(
         fisher = _fisher(target, affine, objective.critic, objective, sample.x, x, score, sample.conditional_score)
         evidence = Evidence(num_steps, errors.largest(), fisher.bulk)
         if target.is_subsampled or evidence.moment_error >= _LARGE or not rule.may_end(evidence):
-            return evidence, None
+            return evidence
         drift = _drift(target, affine, family, x, _NUM_EVIDENCE_TRAJECTORIES)
     except (ArgumentError, NonFiniteError):  # too few draws left, or no spread in them
-        return Evidence(num_steps, moment_error=math.inf, divergence=math.inf), None
+        return Evidence(num_steps, moment_error=math.inf, divergence=math.inf)
     moment_error = max(drift.limit(errors).largest(), drift.coordinates.largest())
-    return replace(evidence, moment_error=moment_error, by_chains=True), drift
+    return replace(evidence, moment_error=moment_error, by_chains=True)

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from pyro_sivism.assessment import assess, gather_evidence
 from pyro_sivism.checkpoint import write_atomically
-from pyro_sivism.diagnostics import DriftStatistics, Verdict
+from pyro_sivism.diagnostics import Verdict
 from pyro_sivism.distributed import Ranks
 from pyro_sivism.errors import (
     ArgumentError,
@@ -402,7 +402,6 @@ class SIVISM:
         self.ranks.draw_apart()  # a script may have seeded all ranks alike since set-up
         history: list[StepInfo] = []
         evidence: list[Evidence] = []
-        drift: DriftStatistics | None = None
         self._seconds.setdefault("steps", 0.0)
         with tqdm(total=num_steps, disable=not (progress_bar and self.ranks.is_first), desc="SIVISM") as bar:
 
@@ -413,7 +412,7 @@ class SIVISM:
                 if num_steps is not None:
                     interrupted = take_steps(num_steps)
                 else:
-                    interrupted, drift = self._take_cycles(training, take_steps, evidence, bar)
+                    interrupted = self._take_cycles(training, take_steps, evidence, bar)
             except KeyboardInterrupt:
                 if self.ranks.size > 1:  # the others cannot know after which step
                     raise
@@ -421,7 +420,7 @@ class SIVISM:
             finally:
                 training.plan(None)
         if (num_steps is None or len(history) >= _MIN_STEPS_TO_JUDGE) and self.ranks.is_first:
-            self._verdict = self._judge(training, drift)
+            self._verdict = self._judge(training)
             if progress_bar and self._verdict is not None:
                 print(f"SIVISM: {self._verdict}")
             self._report_drift(training)
@@ -460,16 +459,15 @@ class SIVISM:
 
     def _take_cycles(
         self, training: Training, take_steps: Callable[[int], bool], evidence: list[Evidence], bar: Any
-    ) -> tuple[bool, DriftStatistics | None]:
-        """Cycles until the evidence says that it is enough; the best q is kept. Whether they were cut short, and where
-        chains took the draws of q, if they have been run."""
+    ) -> bool:
+        """Cycles until the evidence says that it is enough; the best q is kept. Whether they were cut short."""
         # In the noise of random minibatches no error is sure, which is no evidence that there is none.
         is_noisy = self.target.is_subsampled and self._anchored is None
         # A q that is not the Gaussian's, or parameters of the model to be learned, want a cycle in any case.
         goes_on = is_noisy or training.num_steps > 0 or self._gaussian_fit is None or bool(self.target.params())
         rule = StoppingRule(self.target.dim, training.recipe.max_steps, goes_on=goes_on)
         while True:
-            found, drift = self._gather_evidence(training, rule)
+            found = self._gather_evidence(training, rule)
             evidence.append(found)
             length = rule.next_cycle(found, is_moving=is_noisy or bool(training.drifting_model_params()))
             if rule.last_is_best:
@@ -478,23 +476,22 @@ class SIVISM:
                 break
             bar.total = bar.n + length
             if take_steps(length):
-                return True, None
+                return True
         if not rule.last_is_best:
             training.restore(best)
-            drift = None
-        return False, drift
+        return False
 
-    def _gather_evidence(self, training: Training, rule: StoppingRule) -> tuple[Evidence, DriftStatistics | None]:
+    def _gather_evidence(self, training: Training, rule: StoppingRule) -> Evidence:
         """Where the fit stands; the same on all ranks."""
         target = self.target if self._anchored is None else self._anchored
         with self._timed("evidence"), self.ranks.same_random_numbers():
-            found, drift = gather_evidence(
+            found = gather_evidence(
                 target, self.guide.affine, training.averaged, training.objective, training.num_steps, rule
             )
         numbers = torch.tensor([found.moment_error, found.divergence], dtype=torch.double)
         self._together(self.ranks.broadcast_, [numbers])
         moment_error, divergence = numbers.tolist()
-        return replace(found, moment_error=moment_error, divergence=divergence), drift
+        return replace(found, moment_error=moment_error, divergence=divergence)
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:
@@ -506,14 +503,12 @@ class SIVISM:
             within = sum(self._seconds.values()) - others
             self._seconds[part] = self._seconds.get(part, 0.0) + time.perf_counter() - started - within
 
-    def _judge(self, training: Training, drift: DriftStatistics | None) -> Verdict | None:
+    def _judge(self, training: Training) -> Verdict | None:
         """The verdict on the guide, with a warning unless it is good; None if there could be none."""
         target = self.target if self._anchored is None else self._anchored
         try:
             with self._timed("verdict"):
-                verdict = assess(
-                    target, self.guide.affine, training.averaged, training.objective, self._gaussian_fit, drift
-                )
+                verdict = assess(target, self.guide.affine, training.averaged, training.objective, self._gaussian_fit)
         except SivismError as error:
             warn(f"the fit could not be judged: {error}", FitWarning)
             return None

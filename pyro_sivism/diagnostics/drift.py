@@ -62,7 +62,6 @@ class DriftStatistics:
         num_evaluations: log densities and scores of single points computed.
         num_draws: chains.
         num_trajectories: of each.
-        is_conclusive: whether more trajectories would hardly tell more.
     """
 
     coordinates: MomentErrors
@@ -73,7 +72,6 @@ class DriftStatistics:
     num_evaluations: int
     num_draws: int
     num_trajectories: int
-    is_conclusive: bool
 
     def limit(self, errors: MomentErrors) -> MomentErrors:
         """Errors that another instrument found, no larger than chains that have forgotten their starts allow.
@@ -136,8 +134,7 @@ def drift_statistics(
             acceptances.append(accepted.mean().item())
         late = torch.stack(ends[len(ends) // 2 :])
         coordinates, correlation = _moment_errors(frame.along_coordinates(before), frame.along_coordinates(late))
-        is_conclusive = _is_conclusive(coordinates, correlation)
-        if is_conclusive or num_trajectories == max_trajectories:
+        if num_trajectories == max_trajectories or _is_conclusive(coordinates, correlation):
             break
         num_trajectories = min(2 * num_trajectories, max_trajectories)
     return DriftStatistics(
@@ -149,7 +146,6 @@ def drift_statistics(
         num_evaluations=num_evaluations + len(finite) + num_trajectories * num_steps * len(starts),
         num_draws=len(starts),
         num_trajectories=num_trajectories,
-        is_conclusive=is_conclusive,
     )
 
 
