@@ -286,7 +286,9 @@ def _fisher_finding(fisher: FisherStatistics, name: Callable[[int], str], thresh
     factor = max(1.0, len(fisher.coordinates) / 32.0)
     suspect, bad = factor * thresholds[0], factor * thresholds[1]
     bulk = fisher.bulk - NUM_STANDARD_ERRORS * fisher.bulk_se
-    total = fisher.total - NUM_STANDARD_ERRORS * fisher.total_se
+    # Not less the noise: where a few draws make up the mean, that is as large as the mean, which is no less true.
+    noise = NUM_STANDARD_ERRORS * fisher.total_se
+    total = fisher.total**2 / (fisher.total + noise) if fisher.total > 0 else 0.0
     site = name(int(fisher.coordinates.argmax()))
     text = (
         f"the scores of q and of the model differ by {fisher.total:.2g} (mean square, where q has sd 1), most in {site}"

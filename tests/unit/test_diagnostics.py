@@ -614,3 +614,10 @@ def test_the_largest_of_many_errors_counts_beyond_chance(count):
     assert largest(spike) == pytest.approx(0.4 - 0.05 * max(2.0, math.sqrt(2.0 * math.log(4.0 * count))))
     spike[0] = 0.7
     assert largest(spike) == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize(("total", "se", "level"), [(18.0, 11.0, "suspect"), (0.5, 0.5, "good"), (0.0, 0.0, "good")])
+def test_a_divergence_that_few_draws_make_up_counts(total, se, level):
+    x = torch.randn(4096, 2, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    fisher = FisherStatistics(total, se, 0.1, 0.05, torch.tensor([0.1, 0.0], dtype=torch.double))
+    assert judge(stein_statistics(x, -x), fisher=fisher).level == level
