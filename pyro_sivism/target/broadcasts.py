@@ -77,7 +77,7 @@ def _expand_after(graph: fx.Graph, node: fx.Node) -> None:
 
 def _source(node: fx.Node) -> fx.Node:
     """What a node expands; otherwise itself."""
-    return node.args[0] if node.target is aten.expand.default else node  # type: ignore[return-value]
+    return cast("fx.Node", node.args[0]) if node.target is aten.expand.default else node
 
 
 def _is_elementwise(node: fx.Node) -> bool:
