@@ -126,20 +126,25 @@ class Binding:
         self.bytes_per_particle = self._measure_memory(points[0])
         reasons = []
         for name in names:
-            try:
-                got = self.evaluate_along(name, points)
-                checks = self._agreements(got, (log_density, score), points)
-                if name.startswith("captured"):
-                    checks["score's derivative"] = self._derivative_agrees(name, points[:1])
-                    checks["derivative in the model's parameters"] = self._param_gradients_agree(name, points[:1])
-            except Exception as error:  # any failure of the user's model under a batch means "not this path"
-                reasons.append(f"{name}: {first_line(error)}")
-                continue
-            wrong = [what for what, is_right in checks.items() if not is_right]
-            if not wrong:
+            fault = self._find_fault(name, points, (log_density, score))
+            if fault is not None and name.startswith("captured") and self.replays.give_up_factors(name):
+                fault = self._find_fault(name, points, (log_density, score))
+            if fault is None:
                 return TargetPath(name, "; ".join([*reasons, "agrees with the loop in log density and score"]))
-            reasons.append(f"{name}: disagrees with the loop in the {wrong[0]}")
+            reasons.append(f"{name}: {fault}")
         return TargetPath("loop", "; ".join(reasons) or "no other path allowed")
+
+    def _find_fault(self, path: str, points: Tensor, want: tuple[Tensor, Tensor]) -> str | None:
+        """Why a path cannot be taken, in words; None if it runs and agrees with the loop."""
+        try:
+            checks = self._agreements(self.evaluate_along(path, points), want, points)
+            if path.startswith("captured"):
+                checks["score's derivative"] = self._derivative_agrees(path, points[:1])
+                checks["derivative in the model's parameters"] = self._param_gradients_agree(path, points[:1])
+        except Exception as error:  # any failure of the user's model under a batch means "not this path"
+            return first_line(error)
+        wrong = [what for what, is_right in checks.items() if not is_right]
+        return f"disagrees with the loop in the {wrong[0]}" if wrong else None
 
     def _agreements(
         self, got: tuple[Tensor | None, Tensor | None], want: tuple[Tensor, Tensor], points: Tensor
@@ -173,21 +178,24 @@ class Binding:
         return log_density, score
 
     def _derivative_agrees(self, path: str, points: Tensor) -> bool:
-        """Whether the score's derivative along one direction is the loop's, where the loop has one."""
-        found = []
-        for name in ("loop", path):
-            x = points.detach().requires_grad_()
-            try:
-                with torch.enable_grad():
-                    _, score = self.evaluate_along(name, x)
-                    assert score is not None
-                    (product,) = torch.autograd.grad((score * direction(points[0])).sum(), x, materialize_grads=True)
-            except PARTICLE_ERRORS:
-                if name == "loop":
-                    return True
-                raise
-            found.append(product)
-        return agree(found[1], found[0])
+        """Whether the score's derivative along one direction is the loop's, where the loop has one, up to roundings."""
+        try:
+            want = self._derivative("loop", points)
+        except PARTICLE_ERRORS:
+            return True
+        got = self._derivative(path, points)
+        return agree(got, want) or agree(
+            got, want, rounding_slack(want, [self._derivative("loop", near) for near in nudged(points)])
+        )
+
+    def _derivative(self, path: str, points: Tensor) -> Tensor:
+        """The score's derivative along one direction."""
+        x = points.detach().requires_grad_()
+        with torch.enable_grad():
+            _, score = self.evaluate_along(path, x)
+            assert score is not None
+            (product,) = torch.autograd.grad((score * direction(points[0])).sum(), x, materialize_grads=True)
+        return product
 
     def _param_gradients_agree(self, path: str, points: Tensor) -> bool:
         """Whether the log density's gradients in the model's parameters are the loop's."""

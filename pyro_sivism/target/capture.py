@@ -49,14 +49,15 @@ class CapturedDensity:
         runs: the model, bound to its arguments.
         x: a point ``(D,)``, for shape and dtype.
         in_plate: record the model in a plate of particles, rather than with one particle under ``vmap``.
+        factors_out: carry small factors apart, which is faster, and in float32 may over- or underflow elsewhere.
 
     Raises:
         CaptureError: the graph draws random numbers.
         Exception: whatever the model raises when it asks for the value of a latent while it is recorded.
     """
 
-    def __init__(self, runs: ModelRuns, x: Tensor, *, in_plate: bool = False) -> None:
-        self._runs, self._in_plate = runs, in_plate
+    def __init__(self, runs: ModelRuns, x: Tensor, *, in_plate: bool = False, factors_out: bool = True) -> None:
+        self._runs, self._in_plate, self._factors_out = runs, in_plate, factors_out
         self._versions: list[tuple[Tensor, int]] = []
         self._stored_params: dict[str, Tensor] = {}
         runs.params(x)  # one that the store does not have yet is made by this run, and is not part of the graph
@@ -114,7 +115,8 @@ class CapturedDensity:
                 log_densities = self._record_model(self._runs.in_plate, points).compile()
             with torch.no_grad():
                 recording = record(_with_score(log_densities), points, *inputs, differentiates=True)
-            recordings.append(simplify(factor_out(simplify(recording), sizes[-1])))
+            recording = simplify(recording)
+            recordings.append(simplify(factor_out(recording, sizes[-1])) if self._factors_out else recording)
             used |= sizes_in(recording)
         graph = BatchGraph(recordings, sizes)
         _check_sizes(graph, _points_near(x, sum(sizes)), inputs)

@@ -44,6 +44,7 @@ class Replays:
         self._runs, self._init = runs, init
         self._captures: dict[Any, CapturedDensity] = {}
         self._num_recordings = 0
+        self._factors_out = True
         self._num_replays: Counter[bool] = Counter()
         self._has_seen_change = False
         self.inputs: Sequence[Tensor] | None = None
@@ -69,6 +70,18 @@ class Replays:
         """Forget all graphs."""
         self._captures.clear()
 
+    def give_up_factors(self, path: str) -> bool:
+        """Record without :func:`~pyro_sivism.target.broadcasts.factor_out` from now on; whether that is any different.
+
+        In float32 and extreme units, as 1e13, a product of factors that are carried apart may over- or underflow where
+        the model's own operations do not.
+        """
+        changes = self._factors_out and (path, self._runs.arguments.frozen) in self._captures
+        if changes:
+            self._factors_out = False
+            self.clear()
+        return changes
+
     def note_change(self) -> None:
         """Other arguments or another minibatch are evaluated from now on."""
         if not self._has_seen_change:
@@ -81,7 +94,9 @@ class Replays:
             if self._num_recordings >= _MAX_RECORDINGS:
                 raise CaptureError("numbers or arrays that the graph holds keep changing")
             self._num_recordings += 1
-            captured = CapturedDensity(self._runs, self._init, in_plate=path == "captured_plate")
+            captured = CapturedDensity(
+                self._runs, self._init, in_plate=path == "captured_plate", factors_out=self._factors_out
+            )
             self._captures[key] = captured
         return captured
 

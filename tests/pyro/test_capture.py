@@ -852,6 +852,26 @@ def test_roundings_of_a_batch_and_of_its_parts_are_no_disagreement():
     CapturedDensity(target._binding.runs, target._binding.init)
 
 
+@pytest.mark.parametrize("unit", [1e-13, 1e-8, 1e8, 1e13, 1e18])
+@pytest.mark.parametrize("seed", range(4))
+def test_extreme_units_are_captured_in_float32(unit, seed):
+    """Products of small factors leave float32's range there, and terms of a second derivative cancel."""
+    torch.manual_seed(seed)
+    X, y = torch.randn(400, 3).float(), unit * torch.randn(400).float()
+
+    def regression(X, y):
+        with pyro.plate("columns", 3):
+            b = pyro.sample("b", dist.Normal(X.new_zeros(()), 10.0 * unit))
+        sigma = pyro.sample("sigma", dist.HalfCauchy(X.new_tensor(unit)))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(X @ b, sigma), obs=y)
+
+    trace = poutine.trace(regression).get_trace(X, y)
+    target = Target(regression, LatentLayout.from_trace(trace), trace, (X, y))
+    assert target.layout.dtype is torch.float32
+    assert target.path.name == "captured", target.path
+
+
 def test_a_graph_that_is_wrong_for_other_sizes_of_batches_is_refused():
     def by_size(x):
         return (x.sum(-1) / len(x), x / len(x))
