@@ -24,7 +24,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import record
 from fresh import run_fresh
 
@@ -126,6 +125,8 @@ def _medians(rows: list[dict[str, Any]], name: str, method: str, budget: int | N
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """One panel for each posterior: error against seconds, a line for each method."""
+    import matplotlib.pyplot as plt  # here, for its second is none of the fits'
+
     names = list(dict.fromkeys(row["posterior"] for row in rows))
     columns = min(4, len(names))
     num_rows = math.ceil(len(names) / columns)

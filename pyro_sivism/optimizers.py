@@ -78,7 +78,7 @@ class _AdamStepper(Stepper):
         slow_factor: float,
     ) -> None:
         super().__init__(params)
-        slow_ids = {id(p) for p in slow_params}
+        slow_ids = {id(p) for p in slow_params} if slow_factor != 1.0 else set()  # one call for all, where it can be
         values = list(self.params.values())
         slow = [i for i, p in enumerate(values) if id(p) in slow_ids]
         rest = [i for i, p in enumerate(values) if id(p) not in slow_ids]

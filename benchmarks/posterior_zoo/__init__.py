@@ -1,6 +1,7 @@
 """Posteriors to be judged on: ordinary Pyro models on small data, none of which the defaults were chosen on.
 
-Data are synthetic, from a seed written in the model's file, or ship with scikit-learn. Models are for one draw of
+Data are synthetic, from a seed written in the model's file, or ship with scikit-learn, which is imported by those that
+need it: that takes a second, and fits are timed from their process's start. Models are for one draw of
 their latents, as a user would write them: no plate of particles is planned for.
 """
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import pyro
 import pyro.distributions as dist
 import torch
-from sklearn.datasets import load_diabetes
 from torch import Tensor
 
 from posterior_zoo.registry import Draws, generator, posterior
@@ -24,6 +23,8 @@ def conjugate_regression() -> tuple:
     With V = X'X + I / 100, m = V^-1 X'y:  variance ~ InverseGamma(2 + N/2, 1 + (y'y - m'Vm)/2),
     coefficients | variance ~ Normal(m, variance V^-1).
     """
+    from sklearn.datasets import load_diabetes
+
     bunch = load_diabetes(scaled=False)
     columns = torch.as_tensor(bunch.data, dtype=_DOUBLE)[:60]
     covariates = torch.cat([torch.ones(60, 1, dtype=_DOUBLE), (columns - columns.mean(0)) / columns.std(0)], 1).float()

@@ -6,7 +6,6 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions.transforms import OrderedTransform
-from sklearn.datasets import load_breast_cancer, load_diabetes, load_wine
 from torch import Tensor
 
 from posterior_zoo.registry import generator, posterior
@@ -125,6 +124,8 @@ def weibull_survival() -> tuple:
 @posterior(log_sites=("tau", "local"))
 def horseshoe_regression() -> tuple:
     """Progression of diabetes on ten standardized columns."""
+    from sklearn.datasets import load_diabetes
+
     bunch = load_diabetes(scaled=False)
     covariates, y = _standardized(bunch.data), _standardized(bunch.target)
 
@@ -144,6 +145,8 @@ def horseshoe_regression() -> tuple:
 @posterior()
 def breast_cancer() -> tuple:
     """Logistic regression on thirty strongly correlated columns that separate the classes nearly."""
+    from sklearn.datasets import load_breast_cancer
+
     bunch = load_breast_cancer()
     covariates, benign = _standardized(bunch.data), torch.as_tensor(bunch.target).float()
 
@@ -159,6 +162,8 @@ def breast_cancer() -> tuple:
 @posterior()
 def wine_classes() -> tuple:
     """Multinomial regression of three classes, where only differences of the weights are in the likelihood."""
+    from sklearn.datasets import load_wine
+
     bunch = load_wine()
     covariates, cultivars = _standardized(bunch.data), torch.as_tensor(bunch.target)
 

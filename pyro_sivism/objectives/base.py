@@ -12,6 +12,7 @@ To write your own objective:
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -24,7 +25,16 @@ from pyro_sivism.errors import NonFiniteError
 from pyro_sivism.family import ScoreNetwork, SemiImplicit, SemiImplicitSample, TargetDensity
 from pyro_sivism.recipe import Recipe
 
-__all__ = ["GuideLoss", "Objective", "finite_rows", "fisher_divergence"]
+__all__ = [
+    "GuideLoss",
+    "Objective",
+    "count_left_out",
+    "finite_rows",
+    "finite_scores",
+    "fisher_divergence",
+    "masked",
+    "mean_over",
+]
 
 
 class GuideLoss(NamedTuple):
@@ -99,25 +109,44 @@ def fisher_divergence(critic_value: Tensor, target_score: Tensor, conditional_sc
     Its mean is a lower bound on the Fisher divergence E_q |s_p - grad log q|^2, tight at the best critic
     (Yu and Zhang, arXiv 2308.10014, equation 10).
     """
-    return (2.0 * critic_value * (target_score - conditional_score) - critic_value.square()).sum(-1)
+    return (critic_value * (2.0 * (target_score - conditional_score) - critic_value)).sum(-1)
 
 
-def finite_rows(target_score: Tensor) -> Tensor:
-    """Which particles have a finite target score, (B,).
+def finite_rows(values: Tensor, what: str, advice: str) -> Tensor | None:
+    """Which particles' rows of ``values (B, D)`` are finite, (B,); None where all are, which a step need not mask.
 
     Raises:
-        NonFiniteError: none has.
+        NonFiniteError: none is; it says ``what`` of the particles that is and gives the ``advice``.
     """
-    finite = target_score.isfinite().all(-1)
-    if get_proxy_mode() is None and not bool(finite.any()):  # else it is being recorded, and has no values
-        raise NonFiniteError(
-            f"the target's score is not finite at any of {len(finite)} particles; expected most of the guide's draws "
-            "to lie where the model's density is finite. Check the model for overflow far from the posterior "
-            "(float64 data often cures it), or lower the learning rate."
-        )
+    is_recorded = get_proxy_mode() is not None  # and has no values
+    if not is_recorded and math.isfinite(values.detach().sum().item()):
+        return None
+    finite = values.isfinite().all(-1)
+    if not is_recorded and not bool(finite.any()):
+        raise NonFiniteError(f"{what} is not finite at any of {len(finite)} particles{advice}")
     return finite
 
 
-def mean_over(values: Tensor, keep: Tensor) -> Tensor:
+def finite_scores(target_score: Tensor) -> Tensor | None:
+    """Which particles have a finite target score, as :func:`finite_rows`."""
+    return finite_rows(
+        target_score,
+        "the target's score",
+        "; expected most of the guide's draws to lie where the model's density is finite. Check the model for overflow "
+        "far from the posterior (float64 data often cures it), or lower the learning rate.",
+    )
+
+
+def masked(values: Tensor, keep: Tensor | None) -> Tensor:
+    """``values (B, D)`` with zeros in the rows that are not to be kept."""
+    return values if keep is None else torch.where(keep[:, None], values, 0.0)
+
+
+def mean_over(values: Tensor, keep: Tensor | None) -> Tensor:
     """The mean of ``values (B,)`` over the rows to keep, with no gradient or NaN from the others."""
-    return torch.where(keep, values, 0.0).sum() / keep.sum()
+    return values.mean() if keep is None else torch.where(keep, values, 0.0).sum() / keep.sum()
+
+
+def count_left_out(target_score: Tensor, keep: Tensor | None) -> Tensor:
+    """How many particles are not kept."""
+    return target_score.new_zeros((), dtype=torch.long) if keep is None else (~keep).sum()

@@ -20,11 +20,19 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from pyro_sivism.errors import ArgumentError, NonFiniteError
+from pyro_sivism.errors import ArgumentError
 from pyro_sivism.family import ScoreNetwork, SemiImplicitSample
-from pyro_sivism.objectives.base import GuideLoss, Objective, finite_rows, fisher_divergence, mean_over
+from pyro_sivism.objectives.base import (
+    GuideLoss,
+    Objective,
+    count_left_out,
+    finite_rows,
+    finite_scores,
+    fisher_divergence,
+    masked,
+    mean_over,
+)
 from pyro_sivism.recipe import Recipe
 
 __all__ = ["FisherDivergence"]
@@ -97,8 +105,8 @@ class FisherDivergence(Objective):
             return super().critic_loss(sample, step)
         with torch.no_grad():
             target_score = self.target.score(sample.x)
-            finite = finite_rows(target_score)
-            target_score = self._tempering(step) * torch.where(finite[:, None], target_score, 0.0)
+            finite = finite_scores(target_score)
+            target_score = self._tempering(step) * masked(target_score, finite)
         value = self.critic(sample.x)
         return -mean_over(fisher_divergence(value, target_score, sample.conditional_score), finite)
 
@@ -111,8 +119,8 @@ class FisherDivergence(Objective):
         """
         x = sample.x * 1.0  # a node of our own to hook
         target_score = self.target.score(x)
-        finite = finite_rows(target_score)
-        target_score = torch.where(finite[:, None], target_score, 0.0)
+        finite = finite_scores(target_score)
+        target_score = masked(target_score, finite)
         tempering = self._tempering(step)
         value = self.critic_value(x, tempering * target_score)
         game = fisher_divergence(value, tempering * target_score, sample.conditional_score)
@@ -121,7 +129,7 @@ class FisherDivergence(Objective):
         with torch.no_grad():
             critic_of_target = value + (1.0 - tempering) * target_score
             divergence = mean_over(fisher_divergence(critic_of_target, target_score, sample.conditional_score), finite)
-        num_nonfinite = (~finite).sum()
+        num_nonfinite = count_left_out(target_score, finite)
         if x.requires_grad:
             x.register_hook(lambda gradient: _drop_nonfinite(gradient, finite, num_nonfinite))
         return GuideLoss(loss, divergence, num_nonfinite)
@@ -133,7 +141,7 @@ class FisherDivergence(Objective):
         return self.annealing_start + (1.0 - self.annealing_start) * step / self.annealing_steps
 
 
-def _drop_nonfinite(gradient: Tensor, finite_score: Tensor, num_nonfinite: Tensor) -> Tensor:
+def _drop_nonfinite(gradient: Tensor, finite_score: Tensor | None, num_nonfinite: Tensor) -> Tensor:
     """The gradient in x, without its NaN or infinite rows; counts those whose score is finite.
 
     A particle where the score is not finite is left out of the loss, but zero times its Hessian is still NaN.
@@ -141,11 +149,12 @@ def _drop_nonfinite(gradient: Tensor, finite_score: Tensor, num_nonfinite: Tenso
     Raises:
         NonFiniteError: no row is finite.
     """
-    finite = gradient.isfinite().all(-1)
-    if get_proxy_mode() is None and not bool(finite.any()):
-        raise NonFiniteError(
-            f"the second derivative of the model's log density is not finite at any of {len(gradient)} particles, "
-            "so FisherDivergence cannot move the guide. Use PathGradientKL(), which needs first derivatives only."
-        )
-    num_nonfinite += (finite_score & ~finite).sum()
-    return torch.where(finite[:, None], gradient, 0.0)
+    finite = finite_rows(
+        gradient,
+        "the second derivative of the model's log density",
+        ", so FisherDivergence cannot move the guide. Use PathGradientKL(), which needs first derivatives only.",
+    )
+    if finite is None:
+        return gradient
+    num_nonfinite += (~finite if finite_score is None else finite_score & ~finite).sum()
+    return masked(gradient, finite)

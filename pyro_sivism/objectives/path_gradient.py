@@ -18,7 +18,15 @@ from __future__ import annotations
 import torch
 
 from pyro_sivism.family import SemiImplicitSample
-from pyro_sivism.objectives.base import GuideLoss, Objective, finite_rows, fisher_divergence, mean_over
+from pyro_sivism.objectives.base import (
+    GuideLoss,
+    Objective,
+    count_left_out,
+    finite_scores,
+    fisher_divergence,
+    masked,
+    mean_over,
+)
 
 __all__ = ["PathGradientKL"]
 
@@ -40,9 +48,9 @@ class PathGradientKL(Objective):
         with torch.no_grad():
             x = sample.x.detach()
             target_score = self.target.score(x)
-            finite = finite_rows(target_score)
-            target_score = torch.where(finite[:, None], target_score, 0.0)
+            finite = finite_scores(target_score)
+            target_score = masked(target_score, finite)
             direction = self.critic_value(x, target_score)
             divergence = mean_over(fisher_divergence(direction, target_score, sample.conditional_score), finite)
         loss = -mean_over((direction * sample.x).sum(-1), finite)
-        return GuideLoss(loss, divergence, (~finite).sum())
+        return GuideLoss(loss, divergence, count_left_out(target_score, finite))
