@@ -10,6 +10,7 @@ from pyro_sivism import FisherDivergence, PathGradientKL
 from pyro_sivism.errors import ArgumentError, NonFiniteError
 from pyro_sivism.family import DiagonalNormal, LowRankNormal, SemiImplicit
 from pyro_sivism.objectives import Objective
+from pyro_sivism.objectives.base import finite_scores
 from pyro_sivism.recipe import Recipe
 
 DIM, MIXING_DIM, NUM_PARTICLES = 3, 2, 64
@@ -267,6 +268,15 @@ def test_fisher_divergence_has_a_path_term_unless_its_weight_is_zero(family):
 def test_fisher_divergence_refuses_settings_out_of_range(settings):
     with pytest.raises(ArgumentError, match="expected"):
         FisherDivergence(**settings)
+
+
+def test_only_rows_that_are_not_finite_are_masked():
+    """Rows whose sum alone overflows are finite, and where all are there is nothing to mask."""
+    large = torch.full((4, DIM), 3e38)
+    assert finite_scores(torch.ones(4, DIM)) is None
+    assert finite_scores(large).tolist() == [True] * 4
+    large[1, 0], large[2, 1] = torch.inf, torch.nan
+    assert finite_scores(large).tolist() == [True, False, False, True]
 
 
 def test_base_class_asks_for_a_guide_loss():
