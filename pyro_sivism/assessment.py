@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from pyro_sivism.diagnostics import (
     drift_statistics,
     find_modes,
     fisher_statistics,
+    is_alarming,
     judge,
     stein_statistics,
     tail_indices,
@@ -36,7 +38,10 @@ _MIN_DRAWS, _MAX_DRAWS, _DRAWS_PER_DIM = 2048, 8192, 64
 _NUM_UNSCORED_DRAWS = 6144  # which cost nothing: what chains are compared with is then known better than they are
 _NUM_CHAINS = 512
 _NUM_LARGE_CHAINS = 96  # beyond D = 256, where each of their steps costs more: more than the fit otherwise
-_NUM_TRAJECTORIES, _NUM_EVIDENCE_TRAJECTORIES = 32, 4  # at most
+_NUM_TRAJECTORIES = 32  # at most
+_EVIDENCE = {"max_trajectories": 4}
+_PROOF = {"min_trajectories": _NUM_TRAJECTORIES, "large_error": 0.05}
+_RULED_OUT = (0.12, 0.04)  # an error of a moment, in sds or log2, and a distance: what the verdict asks for is less
 _NUM_MINIBATCHES = 16
 _LARGE = 0.5  # sds, or log2 of an sd
 _MAX_MODE_SEARCH_DIM = 256  # beyond, climbs from everywhere cost more than the fit
@@ -73,10 +78,12 @@ def assess(
     exact = not target.is_subsampled
     seeks_modes = exact and target.dim <= _MAX_MODE_SEARCH_DIM
     ends = gaussian.path_ends if gaussian is not None and len(gaussian.path_ends) else None
+    fisher = _fisher(target, affine, objective.critic, objective, sample.x, x, score, sample.conditional_score)
+    min_trajectories = _NUM_TRAJECTORIES if is_alarming(fisher) else 0
     return judge(
         stein_statistics(x, score, num_blocks=num_blocks),
-        fisher=_fisher(target, affine, objective.critic, objective, sample.x, x, score, sample.conditional_score),
-        drift=_drift(target, affine, family, x, _NUM_TRAJECTORIES) if exact else None,
+        fisher=fisher,
+        drift=_drift(target, affine, family, x, min_trajectories=min_trajectories) if exact else None,
         modes=find_modes(target, x, extra_starts=ends) if seeks_modes else None,
         tails=tail_indices(target, x) if seeks_modes else None,
         labels=target.layout.coordinate_names,
@@ -109,16 +116,12 @@ def _num_draws(dim: int) -> int:
 
 
 def _drift(
-    target: Target | AnchoredTarget,
-    affine: AffineMap,
-    family: SemiImplicit,
-    x: Tensor,
-    max_trajectories: int,
+    target: Target | AnchoredTarget, affine: AffineMap, family: SemiImplicit, x: Tensor, **how: Any
 ) -> DriftStatistics:
     """Where chains from some of the draws ``x`` go, beside all of them and more."""
     draws = torch.cat([x, affine.forward(family.rsample(_NUM_UNSCORED_DRAWS).x)])
     num_chains = _NUM_CHAINS if target.dim <= 256 else _NUM_LARGE_CHAINS
-    return drift_statistics(target, draws, num_chains=num_chains, max_trajectories=max_trajectories)
+    return drift_statistics(target, draws, num_chains=num_chains, **how)
 
 
 def _scores(target: Target | AnchoredTarget, x: Tensor, num_blocks: int) -> Tensor:
@@ -141,8 +144,8 @@ def gather_evidence(
 ) -> Evidence:
     """How far q is from the posterior after ``num_steps`` steps; infinitely far where the target is not finite at most
     draws. The other arguments are those of :func:`assess`, of whose instruments it uses those that look at moments.
-    Chains, which are dear, are short, and run only where they decide whether the run ends. The verdict has its own: a
-    run that ends when chains find nothing has been chosen for what those chains, by chance, have missed.
+    Chains, which are dear, run only where they decide whether the run ends, and are short where scores agree. The
+    verdict has its own: a run that ends when chains find nothing has been chosen for what these, by chance, miss.
     """
     sample = family.rsample(_num_draws(target.dim))
     x = affine.forward(sample.x)
@@ -152,10 +155,13 @@ def gather_evidence(
         errors = stein_statistics(x, score, num_blocks=num_blocks).coordinates
         fisher = _fisher(target, affine, objective.critic, objective, sample.x, x, score, sample.conditional_score)
         evidence = Evidence(num_steps, errors.largest(), fisher.bulk)
-        if target.is_subsampled or evidence.moment_error >= _LARGE or not rule.may_end(evidence):
+        wants_proof = rule.wants_proof(evidence)
+        if target.is_subsampled or evidence.moment_error >= _LARGE or not (wants_proof or rule.may_end(evidence)):
             return evidence
-        drift = _drift(target, affine, family, x, _NUM_EVIDENCE_TRAJECTORIES)
+        how = _PROOF if wants_proof else _EVIDENCE
+        drift = _drift(target, affine, family, x, **how)
     except (ArgumentError, NonFiniteError):  # too few draws left, or no spread in them
         return Evidence(num_steps, moment_error=math.inf, divergence=math.inf)
     moment_error = max(drift.limit(errors).largest(), drift.coordinates.largest())
-    return replace(evidence, moment_error=moment_error, by_chains=True)
+    is_ruled_out = wants_proof and drift.rules_out(*_RULED_OUT)
+    return replace(evidence, moment_error=moment_error, by_chains=True, is_ruled_out=is_ruled_out)

@@ -65,7 +65,7 @@ class Recipe:
         at the floor. With a floor of .1 a Gaussian-process regression of 13 dimensions and two crossed Gaussians in
         the plane collapsed that way; above .4 a curved ridge is too blurred.
 
-        Beyond D = 32 the guide moves more slowly, and the critic gets one more step.
+        Beyond D = 32 the guide moves more slowly.
 
         Up to D = 256 the conditional sd follows z, and up to 1,024 both networks are gated. Without gates it did not
         end well beyond D = 32: the worst sd of a hierarchical regression in 90 dimensions was off by .68 in log2 after
@@ -83,7 +83,7 @@ class Recipe:
         return cls(
             max_steps=2400 if small else 4800,
             num_particles=128,
-            critic_steps=2 if small or large else 3,
+            critic_steps=2,
             critic_warmup_steps=50,
             mixing_dim=min(dim, _MAX_MIXING_DIM),
             guide_hidden_dims=(_clip(2 * dim, 64, 256),) * 2,

@@ -7,6 +7,8 @@ its best at the end, and no schedule needs to know the length of the run. There 
 scores there, never by the losses of the steps, and the run ends when q
 
 - has *settled*: no moment is off and the Fisher divergence is small; or
+- is right *by chains*: the divergence is not small, as where p has walls, but chains from q's draws rule out that it
+  matters; or
 - has *stalled*: both are tolerable, and the last cycle, half of all steps, made neither smaller by a quarter; or
 - has had as many steps as the recipe allows.
 
@@ -43,12 +45,14 @@ class Evidence:
         divergence: the Fisher divergence in the whitened space, by the trained critic, but for the draws furthest off
             (:attr:`~pyro_sivism.diagnostics.FisherStatistics.bulk`).
         by_chains: whether the error of moments is by chains, too, which see more.
+        is_ruled_out: whether chains rule out that a moment or a distribution function is off.
     """
 
     num_steps: int
     moment_error: float
     divergence: float
     by_chains: bool = False
+    is_ruled_out: bool = False
 
 
 class StoppingRule:
@@ -87,6 +91,10 @@ class StoppingRule:
         """Whether this evidence would be enough, whatever the error of moments."""
         return any(self._is_enough(replace(evidence, moment_error=error)) for error in (0.0, evidence.moment_error))
 
+    def wants_proof(self, evidence: Evidence) -> bool:
+        """Whether only the Fisher divergence keeps the run from ending, which chains may show not to matter."""
+        return self._last is not None and evidence.moment_error <= _SMALL_MOMENT_ERROR and not self.may_end(evidence)
+
     def next_cycle(self, evidence: Evidence, *, is_moving: bool = False) -> int:
         """How many steps to go on for after this evidence; 0 to end.
 
@@ -114,7 +122,7 @@ class StoppingRule:
         if self._last is None:
             matched = min(_MATCHED_PER_DIM * self._dim, _MAX_MATCHED)
             return not self._goes_on and _is_settled(evidence, matched)
-        return _is_settled(evidence, self._small_divergence) or self._has_stalled(evidence)
+        return evidence.is_ruled_out or _is_settled(evidence, self._small_divergence) or self._has_stalled(evidence)
 
     def _is_clearly_worse(self, evidence: Evidence, best: Evidence) -> bool:
         """By more than separates one good q from the next. What chains alone have seen in one of them does not count.

@@ -6,7 +6,7 @@ from pyro_sivism.diagnostics.modes import Mode, ModeSearch, find_modes
 from pyro_sivism.diagnostics.moments import MomentErrors
 from pyro_sivism.diagnostics.stein import SteinStatistics, WorstDirection, stein_statistics
 from pyro_sivism.diagnostics.tails import TailIndices, tail_indices
-from pyro_sivism.diagnostics.verdict import Finding, Thresholds, Verdict, judge
+from pyro_sivism.diagnostics.verdict import Finding, Thresholds, Verdict, is_alarming, judge
 
 __all__ = [
     "DriftStatistics",
@@ -23,6 +23,7 @@ __all__ = [
     "drift_statistics",
     "find_modes",
     "fisher_statistics",
+    "is_alarming",
     "judge",
     "stein_statistics",
     "tail_indices",

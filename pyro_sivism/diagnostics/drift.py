@@ -5,6 +5,8 @@ Every draw of q starts a chain of a few trajectories that leave p invariant (Dua
 change of a moment beyond Monte Carlo noise is an error of q. Curvature, skewness, tails and cut-off supports, which
 low-order statistics of draws and scores cannot see, all show.
 
+The distribution functions of each coordinate are compared as well, for what moments leave open.
+
 What q lacks is often a tail, or the narrow end of a curved ridge, that no chain starts in: moments then move long after
 the chains have forgotten where they started. Steps are therefore smaller than q's own draws ask for, as p may be more
 curved where q has none; trajectories of a time up to about pi, in the frame that whitens q, go to the other side of q
@@ -44,7 +46,7 @@ _MAX_HALVINGS = 6
 _WANTED_ACCEPTANCE, _ENOUGH_ACCEPTANCE = 0.92, 0.7
 _FIRST_TRAJECTORIES, _MAX_TRAJECTORIES = 8, 32
 _FORGOTTEN = 0.4  # a correlation with the starts
-_NOTHING, _CERTAIN = 0.05, 0.5  # errors beyond chance between which more trajectories may tell more
+_NOTHING, _LARGE = 0.05, 0.5  # errors beyond chance between which more trajectories may tell more
 _MAX_CORRELATION = 0.8  # up to which changes are extrapolated; beyond it the verdict vouches for nothing
 
 
@@ -57,6 +59,8 @@ class DriftStatistics:
         direction: the direction in which the spread changed most; None where D = 1 or the draws are too few.
         correlation: of each coordinate, or of its square if larger, between the starts and the second half of the
             trajectories, (D,): near 1 the chains hardly moved.
+        distance: of each coordinate, the largest difference between its distribution functions in q's draws and in the
+            chains (Kolmogorov and Smirnov's), (D,). By chance .01 to .03.
         acceptance: the mean acceptance rate.
         stuck: the fraction of chains that never moved.
         num_evaluations: log densities and scores of single points computed.
@@ -67,6 +71,7 @@ class DriftStatistics:
     coordinates: MomentErrors
     direction: WorstDirection | None
     correlation: Tensor
+    distance: Tensor
     acceptance: float
     stuck: float
     num_evaluations: int
@@ -81,9 +86,21 @@ class DriftStatistics:
         """
         return errors.limited(self.coordinates, self.correlation < _FORGOTTEN)
 
+    def rules_out(self, error: float, distance: float) -> bool:
+        """Whether chains that have forgotten their starts rule out, by two standard errors, that a mean or an sd is off
+        by ``error``, and see no distribution function off by ``distance``."""
+        largest = self.coordinates.upper_bound().max()
+        return bool(largest < error and self.distance.max() < distance and self.correlation.max() < _FORGOTTEN)
+
 
 def drift_statistics(
-    target: TargetDensity, x: Tensor, *, num_chains: int | None = None, max_trajectories: int = _MAX_TRAJECTORIES
+    target: TargetDensity,
+    x: Tensor,
+    *,
+    num_chains: int | None = None,
+    min_trajectories: int = 0,
+    max_trajectories: int = _MAX_TRAJECTORIES,
+    large_error: float = _LARGE,
 ) -> DriftStatistics:
     """Errors of q's moments from where chains take its draws ``x (N, D)``.
 
@@ -92,7 +109,9 @@ def drift_statistics(
         x: independent draws of q, at least 50.
         num_chains: how many of the draws, the first ones, start a chain; all if None. 512 of 8,192 give standard
             errors of .03 sds, at 50 to 200 evaluations a chain where nothing is found.
-        max_trajectories: trajectories per chain, at most; eight are enough where nothing is found.
+        min_trajectories, max_trajectories: of each chain. After 8, 16 and so on they end where an error beyond chance
+            is large, and where nothing is found after ``min_trajectories``.
+        large_error: what is large, in sds or log2 of an sd.
 
     Raises:
         ArgumentError: too few draws, or a coordinate does not vary.
@@ -133,14 +152,18 @@ def drift_statistics(
             ends.append(end.y)
             acceptances.append(accepted.mean().item())
         late = torch.stack(ends[len(ends) // 2 :])
-        coordinates, correlation = _moment_errors(frame.along_coordinates(before), frame.along_coordinates(late))
-        if num_trajectories == max_trajectories or _is_conclusive(coordinates, correlation):
+        draws, chains = frame.along_coordinates(before), frame.along_coordinates(late)
+        coordinates, correlation = _moment_errors(draws, chains)
+        found, forgotten = coordinates.largest(), bool(correlation.max() < _FORGOTTEN)
+        is_nothing = found < _NOTHING and forgotten and num_trajectories >= min_trajectories
+        if is_nothing or found > large_error or num_trajectories == max_trajectories:
             break
         num_trajectories = min(2 * num_trajectories, max_trajectories)
     return DriftStatistics(
         coordinates=coordinates,
         direction=_worst_direction(frame, before, late),
         correlation=correlation,
+        distance=_distance(draws, chains.flatten(0, 1)),
         acceptance=sum(acceptances) / len(acceptances),
         stuck=(ends[-1] == start.y).all(-1).double().mean().item(),
         num_evaluations=num_evaluations + len(finite) + num_trajectories * num_steps * len(starts),
@@ -199,12 +222,6 @@ def _trajectory(target: WhitenedTarget, start: _State, step_size: float, num_ste
     return state.where(torch.rand_like(acceptance) < acceptance, start), acceptance
 
 
-def _is_conclusive(errors: MomentErrors, correlation: Tensor) -> bool:
-    """Whether more trajectories would hardly change what the chains say."""
-    worst = errors.largest()
-    return worst > _CERTAIN or (worst < _NOTHING and bool(correlation.max() < _FORGOTTEN))
-
-
 def _moment_errors(before: Tensor, late: Tensor) -> tuple[MomentErrors, Tensor]:
     """Errors along K standardized coordinates, and the correlations (K,).
 
@@ -228,6 +245,14 @@ def _moment_errors(before: Tensor, late: Tensor) -> tuple[MomentErrors, Tensor]:
         changes += [change, deviation.square().sum(0).sqrt() / (1.0 - rho)]
         correlations.append(products.mean(0))
     return MomentErrors.from_changes(*changes), torch.maximum(*correlations)
+
+
+def _distance(a: Tensor, b: Tensor) -> Tensor:
+    """The largest difference between the distribution functions of columns (N, K) and (M, K): (K,)."""
+    a, b = (values.T.contiguous().sort(-1).values for values in (a, b))
+    both = torch.cat([a, b], -1)
+    of_a, of_b = (torch.searchsorted(values, both, right=True) / values.shape[-1] for values in (a, b))
+    return (of_a - of_b).abs().amax(-1).double()
 
 
 def _standardized(values: Tensor, dim: int | tuple[int, ...]) -> Tensor:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -63,6 +63,12 @@ class Mode:
     draw_share: float
     is_lost: bool
 
+    @property
+    def effect(self) -> float:
+        """What it does to the sd of the coordinate in which it is furthest off, log2 of with it over without it: a
+        thousandth of the mass a hundred sds away is most of a variance."""
+        return 0.5 * math.log2(1.0 + self.share * self.displacement.abs().max().item() ** 2)
+
 
 @dataclass(frozen=True)
 class ModeSearch:
@@ -97,6 +103,7 @@ def find_modes(
     num_far: int = 24,
     max_steps: int = 40,
     min_share: float = 0.01,
+    min_effect: float = 0.17,
     min_dip: float = 2.0,
 ) -> ModeSearch:
     """Look for modes of ``target`` and compare their masses with where q's draws ``x (N, D)`` are.
@@ -109,6 +116,7 @@ def find_modes(
         num_home, num_far: how many paths of each kind.
         max_steps: quasi-Newton steps per path.
         min_share: the least share of the mass that matters.
+        min_effect: the least :attr:`Mode.effect` that matters where the share does not.
         min_dip: how deep a valley separates modes, in nats.
 
     Raises:
@@ -155,16 +163,13 @@ def find_modes(
     log_masses, reliable = _log_masses(counter, peaks)
     shares = log_masses.softmax(0)
     draw_shares = torch.nn.functional.one_hot(_nearest(peaks, y), len(peaks)).double().mean(0)
-    modes = [
-        Mode(
-            x=frame.affine.forward(peak.y),
-            displacement=frame.along_coordinates(peak.y[None])[0],
-            share=share,
-            draw_share=draw_share,
-            is_lost=peak in new and share >= min_share and peak.fraction_within(y) < _MAX_LOST_FRACTION * share,
-        )
-        for peak, share, draw_share in zip(peaks, shares.tolist(), draw_shares.tolist())
-    ]
+    modes = []
+    for peak, share, draw_share in zip(peaks, shares.tolist(), draw_shares.tolist()):
+        displacement = frame.along_coordinates(peak.y[None])[0]
+        mode = Mode(frame.affine.forward(peak.y), displacement, share, draw_share, is_lost=False)
+        matters = peak in new and (share >= min_share or mode.effect >= min_effect)
+        is_lost = matters and peak.fraction_within(y) < _MAX_LOST_FRACTION * share
+        modes.append(replace(mode, is_lost=is_lost))
     modes.sort(key=lambda mode: -mode.share)
     return ModeSearch(
         modes=tuple(modes),

@@ -85,6 +85,11 @@ class MomentErrors:
         # A large error is one whatever its standard error, which may be as large where q is far off.
         return torch.where(sure > _LARGE, sure, (sure - chance).clamp(min=0.0)).max().item()
 
+    def upper_bound(self) -> Tensor:
+        """The larger error of mean or sd in each direction, with ``NUM_STANDARD_ERRORS`` added, (K,)."""
+        mean = self.mean.abs() + NUM_STANDARD_ERRORS * self.mean_se
+        return torch.maximum(mean, self.log2_sd.abs() + NUM_STANDARD_ERRORS * self.log2_sd_se)
+
     def limited(self, other: MomentErrors, where: Tensor) -> MomentErrors:
         """These errors, in the directions of ``where (K,)`` no larger than the other's with two standard errors."""
         mean = torch.where(where, other.mean.abs() + NUM_STANDARD_ERRORS * other.mean_se, torch.inf)

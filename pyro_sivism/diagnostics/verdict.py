@@ -21,7 +21,7 @@ from pyro_sivism.diagnostics.moments import NUM_STANDARD_ERRORS, MomentErrors
 from pyro_sivism.diagnostics.stein import SteinStatistics, WorstDirection
 from pyro_sivism.diagnostics.tails import TailIndices
 
-__all__ = ["Finding", "Thresholds", "Verdict", "judge"]
+__all__ = ["Finding", "Thresholds", "Verdict", "is_alarming", "judge"]
 
 LEVELS = ("good", "suspect", "bad")
 
@@ -36,6 +36,8 @@ class Thresholds:
             as much is spread over more directions and the errors of the moments say which is wrong. That of all draws
             makes a fit suspect, as the ends of a curved ridge show nowhere else, but only that of their bulk makes it
             bad: a few draws beyond a wall of p have huge scores.
+        ruled_out: an error of a moment, and a distance of distribution functions. Where chains rule them out, only a
+            Fisher divergence that would be bad counts: walls of p give large ones where q is right to all purposes.
         mode: the share of the mass in a lost mode.
         weight: how far the weights of separate modes are off, their total variation distance.
         tail: one over the tail index, which is the degrees of freedom of a Student-t tail; at 2 its variance is
@@ -48,6 +50,7 @@ class Thresholds:
 
     moment: tuple[float, float] = (0.17, 0.5)
     fisher: tuple[float, float] = (1.0, 10.0)
+    ruled_out: tuple[float, float] = (0.2, 0.05)
     mode: tuple[float, float] = (0.01, 0.1)
     weight: tuple[float, float] = (0.08, 0.25)
     tail: tuple[float, float] = (0.2, 0.5)
@@ -174,7 +177,9 @@ def judge(
         found.append(_finding("drift", (), drift.stuck, table.stuck, text))
         found += _unjudged(drift, modes, name, table.correlation)
     if fisher is not None:
-        found.append(_fisher_finding(fisher, name, table.fisher))
+        finding = _fisher_finding(fisher, name, table.fisher)
+        if finding.level == "bad" or drift is None or not drift.rules_out(*table.ruled_out):
+            found.append(finding)
     if modes is not None:
         found += _mode_findings(modes, name, table)
     if tails is not None:
@@ -185,6 +190,11 @@ def judge(
     level = alarms[0].level if alarms else "good"
     sentence = alarms[0].text if alarms else _all_clear(stein.coordinates, modes)
     return Verdict(level, sentence, alarms, stein, fisher, drift, modes, tails)
+
+
+def is_alarming(fisher: FisherStatistics) -> bool:
+    """Whether a Fisher divergence makes a fit suspect, unless chains say better."""
+    return _fisher_finding(fisher, str, Thresholds().fisher).level != "good"
 
 
 # --- findings -----------------------------------------------------------------------------------------
@@ -310,8 +320,10 @@ def _mode_findings(modes: ModeSearch, name: Callable[[int], str], table: Thresho
     found = []
     for mode in modes.lost:
         sites, where = _where(mode, name)
-        text = f"another mode with about {mode.share:.0%} of the posterior's mass has no draws: {where}"
-        found.append(_finding("modes", sites, mode.share, table.mode, text))
+        text = f"another mode with about {100.0 * mode.share:.2g}% of the posterior's mass has no draws: {where}"
+        # A small mode far away can ruin an sd: suspect, not bad, for what is known of so small a mass.
+        small = _finding("modes", sites, min(mode.effect, 0.99 * table.moment[1]), table.moment, text)
+        found.append(max(_finding("modes", sites, mode.share, table.mode, text), small, key=lambda each: each.severity))
     if len(modes.modes) > 1 and modes.weight_error > 0:
         mode = max(modes.modes, key=lambda mode: abs(mode.share - mode.draw_share))
         sites, where = _where(mode, name)

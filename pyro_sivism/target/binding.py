@@ -124,7 +124,7 @@ class Binding:
         if finite.any():
             points, log_density, score = points[finite], log_density[finite], score[finite]
         self.bytes_per_particle = self._measure_memory(points[0])
-        reasons = []
+        reasons: list[str] = []
         for name in names:
             fault = self._find_fault(name, points, (log_density, score))
             if fault is not None and name.startswith("captured") and self.replays.give_up_factors(name):
