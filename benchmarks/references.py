@@ -125,7 +125,7 @@ def _run_chain(posterior: Posterior, chain: int, num_samples: int) -> tuple[dict
     pyro.clear_param_store()
     pyro.set_rng_seed(1000 + chain)
     sivism = SIVISM(posterior.model).setup(*posterior.args)
-    kernel = nuts_from(sivism, adapt_mass_matrix=True, target_accept_prob=TARGET_ACCEPT)
+    kernel = nuts_from(sivism, target_accept_prob=TARGET_ACCEPT)
     mcmc = MCMC(kernel, num_samples=num_samples, warmup_steps=WARMUP_STEPS, disable_progbar=True)
     mcmc.run()
     return mcmc.get_samples(), len(mcmc._diagnostics[0]["divergences"])
