@@ -19,9 +19,11 @@ from pyro.nn import PyroModule, PyroSample
 from torch import nn
 
 from pyro_sivism import SIVISM, FisherDivergence, FixedGaussian, PathGradientKL, SemiImplicitGuide
+from pyro_sivism.assessment import assess, gather_evidence
+from pyro_sivism.diagnostics import FisherStatistics, drift_statistics, stein_statistics
 from pyro_sivism.errors import ArgumentError, FitWarning, NonFiniteError, NonFiniteWarning
 from pyro_sivism.recipe import Recipe
-from pyro_sivism.stopping import Evidence
+from pyro_sivism.stopping import Evidence, StoppingRule
 
 Y = torch.linspace(0.0, 2.0, 20)
 
@@ -715,6 +717,105 @@ def test_the_best_q_of_a_run_is_the_one_that_is_kept(monkeypatch):
     kept = sivism.guide.family.state_dict()
     assert all(torch.equal(kept[name], value) for name, value in seen[1].items())
     assert not all(torch.equal(kept[name], value) for name, value in seen[2].items())
+
+
+@pytest.mark.usefixtures("small_recipe")
+def test_a_run_ends_where_chains_rule_out_that_scores_matter(monkeypatch):
+    def ruled_out(target, affine, family, objective, num_steps, rule):
+        return Evidence(num_steps, 0.02, 5.0, by_chains=num_steps > 0, is_ruled_out=num_steps > 0)
+
+    monkeypatch.setattr("pyro_sivism.sivism.gather_evidence", ruled_out)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FitWarning)  # tiny networks
+        fit = quick(skewed).run(None, progress_bar=False)
+    assert fit.num_steps == 300
+    assert [found.is_ruled_out for found in fit.evidence] == [False, True]
+
+
+class Scores:
+    """What the scores of q and of a model N(0, 1) say, told; q is N(mean, 1), as it starts; and all chains that run."""
+
+    def __init__(self, monkeypatch, mean=0.0):
+        self.divergence, self.chains = 0.0, []
+        gaussian = FixedGaussian(torch.tensor([mean]), torch.ones(1))
+        sivism = SIVISM(lambda: pyro.sample("mu", dist.Normal(0.0, 1.0)), preconditioner=gaussian).setup()
+        training = sivism._training
+        self.q = sivism.target, sivism.guide.affine, training.averaged, training.objective
+        monkeypatch.setattr("pyro_sivism.assessment.fisher_statistics", self._fisher)
+        monkeypatch.setattr("pyro_sivism.assessment.stein_statistics", self._stein)
+        monkeypatch.setattr("pyro_sivism.assessment.drift_statistics", self._drift)
+
+    def _fisher(self, *args, **kwargs):
+        return FisherStatistics(self.divergence, 0.0, self.divergence, 0.0, torch.tensor([self.divergence]))
+
+    def _stein(self, x, score, num_blocks):
+        return stein_statistics(x - x.mean(0), x.mean(0) - x)  # those of a q that is right
+
+    def _drift(self, *args, **kwargs):
+        self.chains.append(drift_statistics(*args, **kwargs))
+        return self.chains[-1]
+
+
+@pytest.mark.parametrize(
+    ("divergence", "num_trajectories", "level"), [(0.9, 8, "good"), (1.1, 32, "good"), (11.0, 32, "bad")]
+)
+def test_a_verdict_has_long_chains_where_scores_alarm_and_believes_them(
+    divergence, num_trajectories, level, monkeypatch
+):
+    scores = Scores(monkeypatch)
+    scores.divergence = divergence
+    verdict = assess(*scores.q, None)
+    assert [found.num_trajectories for found in scores.chains] == [num_trajectories]
+    assert verdict.level == level, str(verdict)
+
+
+def test_evidence_has_long_chains_where_proof_is_wanted_and_short_ones_where_scores_agree(monkeypatch):
+    scores, rule = Scores(monkeypatch), StoppingRule(1, 2400)
+
+    def gathered(divergence):
+        scores.divergence, scores.chains = divergence, []
+        found = gather_evidence(*scores.q, 300, rule)
+        lengths = [chains.num_trajectories for chains in scores.chains]
+        assert (found.divergence, found.by_chains) == (divergence, bool(lengths))
+        return lengths, found.is_ruled_out
+
+    assert gathered(0.5) == ([], False), "a Gaussian whose scores differ is polished in any case"
+    rule.next_cycle(Evidence(0, 0.4, 3.0))
+    assert gathered(0.1) == ([4], False)
+    assert gathered(0.5) == ([32], True)
+    assert gathered(50.0) == ([32], True)
+
+
+def test_evidence_is_no_proof_where_chains_find_an_error(monkeypatch):
+    """A mean .15 sds off, of which Stein's statistics are told to see nothing: eight trajectories are enough."""
+    scores, rule = Scores(monkeypatch, mean=0.15), StoppingRule(1, 2400)
+    rule.next_cycle(Evidence(0, 0.4, 3.0))
+    scores.divergence = 0.5
+    found = gather_evidence(*scores.q, 300, rule)
+    assert [chains.num_trajectories for chains in scores.chains] == [8]
+    assert not found.is_ruled_out
+    assert 0.05 < found.moment_error < 0.15
+
+
+@pytest.mark.parametrize("dim", [1, 40])
+def test_the_critic_takes_two_steps_for_each_of_the_guides(dim):
+    class Counting(torch.optim.SGD):
+        num_steps = 0
+
+        def step(self, *args, **kwargs):
+            Counting.num_steps += 1
+            return super().step(*args, **kwargs)
+
+    sivism = quick(
+        lambda: pyro.sample("x", dist.Normal(0.0, 1.0).expand([dim]).to_event(1)),
+        dim,
+        critic_optim=functools.partial(Counting, lr=1e-4),
+    )
+    sivism.step()
+    before = Counting.num_steps
+    for _ in range(3):
+        sivism.step()
+    assert Counting.num_steps - before == 6
 
 
 @pytest.mark.usefixtures("small_recipe")

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import gumbel_l, norm
 from torch.distributions import Gamma
 
-from pyro_sivism.diagnostics import drift_statistics, find_modes, judge, stein_statistics
+from pyro_sivism.diagnostics import drift_statistics, find_modes, fisher_statistics, judge, stein_statistics
 from pyro_sivism.family import BatchAndMatch
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -59,9 +61,11 @@ def funnel():
     return Posterior(4, log_density, sample)
 
 
-def skewed():
+def skewed(dim=5):
     """Logarithms of Gamma(1) variables: an exponential left tail, a doubly exponential right one."""
-    return Posterior(5, lambda x: (x - x.exp()).sum(-1), lambda n: Gamma(torch.tensor(1.0), 1.0).sample((n, 5)).log())
+    return Posterior(
+        dim, lambda x: (x - x.exp()).sum(-1), lambda n: Gamma(torch.tensor(1.0), 1.0).sample((n, dim)).log()
+    )
 
 
 def correlated():
@@ -188,3 +192,54 @@ def test_a_lost_mode_is_bad_though_scores_and_chains_see_nothing():
     assert verdict.level == "bad"
     assert verdict.worst.instrument == "modes"
     assert [finding.instrument for finding in verdict.findings if finding.instrument != "modes"] == []
+
+
+def test_a_small_mode_far_away_is_suspect_though_scores_and_chains_see_nothing():
+    """.3% of the mass 12 sds away: the sd is 1.2 where q's is 1."""
+    weight, distance = 0.003, 12.0
+
+    def log_density(x):
+        near, far = (-0.5 * (x[:, 0] - at).square() for at in (0.0, distance))
+        return torch.logaddexp(near + math.log(1 - weight), far + math.log(weight)) - 0.5 * x[:, 1].square()
+
+    verdict = full_verdict(Posterior(2, log_density, None), torch.randn(4000, 2))
+    assert verdict.level == "suspect"
+    assert [finding.instrument for finding in verdict.findings] == ["modes"]
+    assert verdict.worst.sites == ("x[0]",)
+    (mode,) = verdict.modes.lost
+    assert f"about {100.0 * mode.share:.2g}% of the posterior's mass has no draws" in verdict.sentence
+    assert mode.share == pytest.approx(weight, rel=0.2)
+    assert mode.effect == pytest.approx(0.5 * math.log2(1 + weight * (1 - weight) * distance**2), abs=0.03)
+
+
+@pytest.mark.parametrize(("height", "level"), [(0.05, "good"), (0.15, "bad")])
+def test_ripples_of_the_density_are_no_error_though_scores_differ_unless_they_differ_badly(height, level):
+    """log p = -x^2 / 2 + a sin(k x), k = 40: moments and distribution functions are N(0, 1)'s to a / k and less, but
+    the Fisher divergence is (a k)^2 / 2 in each of two dimensions, 4 and 36.
+    """
+    p = Posterior(2, lambda x: (height * (40.0 * x).sin() - 0.5 * x.square()).sum(-1), None)
+    x = torch.randn(4000, 2)
+    score = p.score(x)
+    stein, fisher = stein_statistics(x, score), fisher_statistics(x, score, -x, -x)
+    assert fisher.total == pytest.approx((40.0 * height) ** 2, rel=0.1)
+    verdict = judge(stein, fisher=fisher, drift=drift_statistics(p, x, min_trajectories=32))
+    assert verdict.level == level, str(verdict)
+    assert judge(stein, fisher=fisher).level != "good"
+
+
+def test_a_shape_that_moments_do_not_show_is_seen_by_the_distance():
+    """q is the Gaussian of p's mean and sd: chains find no moment off, but p's skewness keeps the scores' alarm up.
+
+    The distance of 2,000 draws from what 32 trajectories make of them has noise of .015.
+    """
+    mean, sd = gumbel_l.mean(), gumbel_l.std()
+    p, x = skewed(dim=1), mean + sd * torch.randn(4000, 1)
+    grid = np.linspace(-15.0, 5.0, 10_001)
+    want = abs(gumbel_l.cdf(grid) - norm(mean, sd).cdf(grid)).max()
+    drift = drift_statistics(p, x, min_trajectories=32)
+    assert drift.distance.item() == pytest.approx(want, abs=0.02)
+    assert drift.coordinates.upper_bound().item() < 0.12
+    assert not drift.rules_out(0.2, 0.05)
+    score, own = p.score(x), (mean - x) / sd**2
+    verdict = judge(stein_statistics(x, score), fisher=fisher_statistics(x, score, own, own), drift=drift)
+    assert (verdict.level, [finding.instrument for finding in verdict.findings]) == ("suspect", ["fisher"])

@@ -7,8 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from scipy.stats import ks_2samp, norm
 
 from pyro_sivism.diagnostics import (
+    DriftStatistics,
     FisherStatistics,
     Mode,
     ModeSearch,
@@ -18,10 +20,11 @@ from pyro_sivism.diagnostics import (
     drift_statistics,
     find_modes,
     fisher_statistics,
+    is_alarming,
     judge,
     stein_statistics,
 )
-from pyro_sivism.diagnostics.drift import _moment_errors
+from pyro_sivism.diagnostics.drift import _distance, _moment_errors
 from pyro_sivism.diagnostics.moments import Frame, standard_error
 from pyro_sivism.errors import ArgumentError, NonFiniteError
 from tests.statistical.oracle import NUM_STANDARD_ERRORS, GaussianTarget, random_covariance
@@ -313,6 +316,91 @@ def test_chains_stop_where_nothing_is_found_and_go_on_where_something_is():
     assert drift_statistics(p, x + 1.0).num_trajectories == 8
 
 
+def test_chains_go_on_as_long_as_they_are_told_to_and_end_early_where_an_error_is_large():
+    p = GaussianTarget(torch.zeros(DIM), torch.eye(DIM))
+    x = torch.randn(2048, DIM)
+
+    def num_trajectories(shift, **how):
+        return drift_statistics(p, x + shift, **how).num_trajectories
+
+    assert num_trajectories(0.0, min_trajectories=9) == 16
+    assert num_trajectories(0.0, min_trajectories=32) == 32
+    assert num_trajectories(0.0, min_trajectories=32, max_trajectories=12) == 12
+    assert num_trajectories(1.0, min_trajectories=32) == 8
+    assert num_trajectories(0.2, min_trajectories=32, large_error=0.05) == 8
+    assert num_trajectories(1.0, large_error=2.0) == 32
+    x[:, 0] += torch.where(torch.rand(2048) < 0.5, 6.0, -6.0)
+    assert drift_statistics(two_modes(6.0, dim=DIM), x).num_trajectories == 32, "nothing is found where nothing moves"
+
+
+@pytest.mark.parametrize("decimals", [0, 1, 12])
+def test_distances_of_distribution_functions_are_scipys(decimals):
+    """Of samples of unlike sizes, many of whose values are equal where they are rounded."""
+    a = torch.randn(700, 2).round(decimals=decimals)
+    b = torch.stack([0.4 + torch.randn(300), 1.6 * torch.randn(300)], 1).round(decimals=decimals)
+    want = [ks_2samp(a[:, i], b[:, i]).statistic for i in range(2)]
+    assert _distance(a, b).tolist() == pytest.approx(want, abs=1e-6)
+    assert _distance(b, a).tolist() == pytest.approx(want, abs=1e-6)
+
+
+def test_chains_measure_the_distance_of_two_normals_in_each_coordinate():
+    """Of N(0, 1) and N(d, 1) it is 2 Phi(d / 2) - 1, whatever the correlations; 4,000 draws leave noise of .01."""
+    shift = torch.tensor([-1.0, 0.0, 0.4])
+    covariance = 0.2 * torch.eye(3) + 0.8
+    p = GaussianTarget(torch.tensor([5.0, 0.0, 0.0]), covariance)
+    x = p.loc + shift + torch.randn(4000, 3) @ torch.linalg.cholesky(covariance).T
+    want = [2.0 * norm.cdf(abs(d) / 2.0) - 1.0 for d in shift.tolist()]
+    assert drift_statistics(p, x).distance.tolist() == pytest.approx(want, abs=0.04)
+
+
+def test_chains_that_never_move_rule_nothing_out():
+    """p is finite at multiples of 1/8 alone, so that no step is accepted: what is compared are all draws with some."""
+
+    def log_density(x):
+        return torch.where((8.0 * x == (8.0 * x).round()).all(-1), 0.0 * x.sum(-1), -torch.inf)
+
+    x = torch.randn(2000, 1).mul(8.0).round() / 8.0
+    drift = drift_statistics(Density(1, log_density), x, num_chains=200)
+    assert drift.stuck == 1.0
+    assert drift.distance.item() == pytest.approx(ks_2samp(x[:, 0], x[:200, 0]).statistic, abs=1e-6)
+    assert not drift.rules_out(10.0, 2.0)
+
+
+@pytest.mark.parametrize(("ratio", "rules_out"), [(1.0, True), (0.8, False), (1.25, False)])
+def test_chains_rule_out_errors_of_exact_draws_and_not_of_sds_a_fifth_off(ratio, rules_out):
+    p = GaussianTarget(torch.zeros(DIM), torch.eye(DIM))
+    x = torch.randn(2048, DIM)
+    x[:, 1] *= ratio
+    assert drift_statistics(p, x, min_trajectories=32).rules_out(0.2, 0.05) == rules_out
+
+
+def drift_of(error=0.0, se=0.0, distance=0.0, correlation=0.0):
+    """Chains of three coordinates that found an error of the second one's sd, and all else where it says."""
+    zero, at = torch.zeros(3), torch.tensor([0.0, 1.0, 0.0])
+    errors = MomentErrors(zero, zero, error * at, se * at, zero, zero)
+    return DriftStatistics(errors, None, correlation * at, distance * at, 0.9, 0.0, 1000, 500, 32)
+
+
+def test_errors_are_ruled_out_with_two_standard_errors():
+    assert drift_of(error=-0.1, se=0.04).rules_out(0.181, 0.05)
+    assert not drift_of(error=-0.1, se=0.04).rules_out(0.179, 0.05)
+    assert not drift_of(error=0.1, se=0.04).rules_out(0.179, 0.05)
+    assert drift_of(distance=0.03).rules_out(0.2, 0.031)
+    assert not drift_of(distance=0.03).rules_out(0.2, 0.029)
+
+
+def test_chains_that_remember_their_starts_rule_nothing_out():
+    assert drift_of(correlation=0.39).rules_out(0.2, 0.05)
+    assert not drift_of(correlation=0.41).rules_out(0.2, 0.05)
+
+
+def test_the_upper_bound_of_an_error_is_that_of_mean_or_sd():
+    mean, log2_sd = torch.tensor([0.1, -0.3, 0.0]), torch.tensor([-0.2, 0.05, 0.1])
+    mean_se, log2_sd_se = torch.tensor([0.01, 0.02, 0.2]), torch.tensor([0.03, 0.04, 0.05])
+    errors = MomentErrors(mean, mean_se, log2_sd, log2_sd_se, 9.0 * mean, 9.0 * log2_sd)
+    torch.testing.assert_close(errors.upper_bound(), torch.tensor([0.26, 0.34, 0.4]))
+
+
 def test_the_worst_direction_of_exact_draws_is_not_off():
     """Of 60 dimensions the one that varies least by chance in half of the draws varies most in the other half, in a
     frame of all draws; judged there its sd seemed 15% off on average. Fifteen draws: their mean is off by its own se.
@@ -464,6 +552,32 @@ def test_extra_starts_find_what_blown_up_draws_miss():
     assert mode.share == pytest.approx(0.5, abs=0.01)
 
 
+@pytest.mark.parametrize(("share", "distance"), [(1e-3, 100.0), (3e-3, 8.0), (1e-5, 30.0)])
+def test_the_effect_of_a_small_mode_is_that_on_the_sd_of_a_mixture(share, distance):
+    """(1 - w) N(0, 1) + w N(d, 1) has variance 1 + w (1 - w) d^2, in which the last w does not matter."""
+    for sign in (-1.0, 1.0):
+        mode = Mode(torch.zeros(3), torch.tensor([2.0, sign * distance, 0.0]), share, 0.0, True)
+        want = 0.5 * math.log2(1.0 + share * (1.0 - share) * distance**2)
+        assert mode.effect == pytest.approx(want, rel=1e-2)
+
+
+@pytest.mark.parametrize(("half", "is_lost"), [(4.0, False), (15.0, True)])
+def test_a_small_mode_is_lost_where_it_is_far_enough_away_to_ruin_an_sd(half, is_lost):
+    """Of .3% of the mass, 8 or 30 sds from the rest: an sd that is too small by 8% or by half."""
+    target, x = two_modes(half, weight=0.997), torch.randn(2000, 2) + torch.tensor([half, 0.0])
+    start = torch.tensor([[-half, 0.5]])
+    found = find_modes(target, x, extra_starts=start)
+    assert [mode.is_lost for mode in found.modes] == [False, is_lost]
+    assert found.modes[1].share == pytest.approx(0.003, rel=0.2)
+    want = 0.5 * math.log2(1.0 + 0.003 * 0.997 * (2.0 * half) ** 2)
+    assert found.modes[1].effect == pytest.approx(want, rel=0.2)
+    for factor, changed in ((0.7, True), (1.4, False)):
+        (mode,) = find_modes(target, x, extra_starts=start, min_effect=factor * want).modes[1:]
+        assert mode.is_lost == changed
+    x[-6:, 0] -= 2.0 * half
+    assert find_modes(target, x, extra_starts=start).lost == (), "q has the draws there that it should have"
+
+
 def student_t(x):
     return -1.5 * (x.square() / 2.0).log1p().sum(-1)
 
@@ -575,6 +689,74 @@ def test_a_thin_tail_alone_is_suspect_and_never_bad():
     ):
         fisher = FisherStatistics(total, 0.1, bulk, bulk_se, coordinates)
         assert judge(statistics_of(), fisher=fisher).level == level
+
+
+def fisher_of(total, bulk=None, dim=3):
+    return FisherStatistics(total, 0.0, total if bulk is None else bulk, 0.0, torch.full((dim,), total / dim))
+
+
+@pytest.mark.parametrize(
+    ("fisher", "is_alarm"),
+    [
+        (fisher_of(0.99), False),
+        (fisher_of(1.01), True),
+        (fisher_of(2000.0, bulk=0.1), True),
+        (fisher_of(20.0), True),
+        (fisher_of(0.0), False),
+        (fisher_of(1.99, dim=64), False),
+        (fisher_of(2.01, dim=64), True),
+    ],
+)
+def test_a_divergence_is_alarming_where_it_makes_a_fit_suspect(fisher, is_alarm):
+    assert is_alarming(fisher) == is_alarm
+    assert (judge(statistics_of(), fisher=fisher).level != "good") == is_alarm
+
+
+@pytest.mark.parametrize("fisher", [fisher_of(3.0), fisher_of(9.9), fisher_of(2000.0, bulk=0.1)])
+def test_a_suspect_divergence_is_dismissed_where_chains_rule_errors_out_and_nowhere_else(fisher):
+    verdict = judge(statistics_of(), fisher=fisher, drift=drift_of(error=0.1, se=0.04, distance=0.04))
+    assert (verdict.level, verdict.findings, verdict.fisher) == ("good", (), fisher)
+    for drift in (
+        None,
+        drift_of(error=0.1, se=0.06),
+        drift_of(distance=0.06),
+        drift_of(correlation=0.5),
+    ):
+        verdict = judge(statistics_of(), fisher=fisher, drift=drift)
+        assert (verdict.level, [finding.instrument for finding in verdict.findings]) == ("suspect", ["fisher"])
+
+
+def test_a_bad_divergence_is_never_dismissed():
+    verdict = judge(statistics_of(), fisher=fisher_of(10.1), drift=drift_of())
+    assert (verdict.level, verdict.worst.instrument) == ("bad", "fisher")
+
+
+def test_what_dismisses_a_divergence_is_in_the_table_of_thresholds():
+    fisher, drift = fisher_of(3.0), drift_of(error=0.1, distance=0.04)
+    for ruled_out, level in (((0.2, 0.03), "suspect"), ((0.09, 0.05), "suspect"), ((0.11, 0.041), "good")):
+        assert judge(statistics_of(), fisher=fisher, drift=drift, thresholds=Thresholds(ruled_out=ruled_out)).level == (
+            level
+        )
+
+
+@pytest.mark.parametrize(
+    ("share", "distance", "level", "percentage"),
+    [
+        (0.0031, 30.0, "suspect", "0.31%"),
+        (0.0031, 3000.0, "suspect", "0.31%"),
+        (0.0031, 5.0, "good", ""),  # an effect of .05
+        (0.05, 0.1, "suspect", "5%"),  # by its share alone
+        (0.09, 3000.0, "suspect", "9%"),
+        (0.31, 0.1, "bad", "31%"),
+    ],
+)
+def test_a_small_lost_mode_is_suspect_by_its_effect_and_bad_by_its_share_alone(share, distance, level, percentage):
+    mode = Mode(torch.zeros(3), torch.tensor([0.0, 0.0, -distance]), share, 0.0, True)
+    verdict = judge(statistics_of(), modes=ModeSearch((mode,), 0.0, 48, 1000))
+    assert verdict.level == level
+    if level != "good":
+        assert verdict.sentence.startswith(f"another mode with about {percentage} of the posterior's mass has no draws")
+        assert verdict.worst.sites == ("x[2]",)
 
 
 def test_draws_without_a_density_are_a_finding():

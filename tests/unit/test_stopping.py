@@ -65,6 +65,32 @@ def test_what_may_end_a_run_does_not_depend_on_moments_yet_to_be_measured():
     assert rule.next_cycle(Evidence(600, *NEAR)) == 0, "asking has changed nothing"
 
 
+def test_chains_are_asked_where_the_divergence_alone_keeps_a_run_from_ending():
+    rule = StoppingRule(10, 2400)
+    assert not rule.wants_proof(Evidence(0, 0.02, 0.5)), "a Gaussian is polished in any case"
+    rule.next_cycle(Evidence(0, *FAR))
+    assert rule.wants_proof(Evidence(300, 0.05, 0.6))
+    assert rule.wants_proof(Evidence(300, 0.0, 50.0))
+    assert not rule.wants_proof(Evidence(300, 0.051, 0.6)), "a moment is off"
+    assert not rule.wants_proof(Evidence(300, *RIGHT)), "it has settled"
+    rule.next_cycle(Evidence(300, 0.02, 0.6))
+    assert not rule.wants_proof(Evidence(600, 0.02, 0.6)), "it has stalled"
+    assert rule.wants_proof(Evidence(600, 0.02, 0.8))
+    assert rule.next_cycle(Evidence(600, 0.02, 0.8)) == 600, "asking has changed nothing"
+
+
+def test_a_run_ends_when_chains_rule_out_that_its_divergence_matters():
+    def lengths(at: int, **options: bool) -> list[int]:
+        rule = StoppingRule(10, 2400)
+        found = [Evidence(0, 0.02, 5.0, by_chains=k == at, is_ruled_out=k == at) for k in range(at + 1)]
+        return [rule.next_cycle(evidence, **options) for evidence in found]
+
+    assert lengths(1) == [300, 0]
+    assert lengths(2) == [300, 300, 0]
+    assert lengths(0) == [300], "what the Gaussian is like is for its divergence to say"
+    assert lengths(1, is_moving=True) == [300, 300]
+
+
 def test_noise_of_errors_too_small_to_matter_is_no_gain():
     assert cycles(FAR, (0.04, 0.6), (0.0, 0.6)) == [300, 300, 0]
     assert cycles(FAR, (0.1, 0.2), (0.1, 0.01)) == [300, 300, 0]
