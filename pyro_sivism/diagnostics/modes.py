@@ -7,7 +7,9 @@ far path is a separate mode if, in the frame where q has covariance I,
    converged;
 2. no path from a draw of q has ended there;
 3. a valley separates it: on the line to the nearest home end log p falls by ``min_dip`` nats below the lower of the
-   two. A plateau, a ridge or a heavy tail has none.
+   two. A plateau, a ridge or a heavy tail has none;
+4. it is no work of roundings, as where log p is the difference of huge numbers: at points that differ by a few rounding
+   units log p is the same.
 
 Its mass is that of Laplace's method, ``log p + log |C| / 2``, improved by importance sampling where that can be done:
 draws from a Student t of the mode's shape, each weighed by p, those nearer to another mode left out. A separate mode is
@@ -26,7 +28,7 @@ from torch import Tensor
 from torch.distributions import Chi2
 
 from pyro_sivism.diagnostics.moments import Frame, finite_rows
-from pyro_sivism.family import TargetDensity, WhitenedTarget
+from pyro_sivism.family import AffineMap, TargetDensity, WhitenedTarget
 from pyro_sivism.family.quasi_newton import quasi_newton_paths
 from pyro_sivism.family.scored_target import ScoredTarget
 
@@ -41,6 +43,7 @@ _MAX_DECREMENT = 0.1  # squared Newton step, in sds of the mode per dimension, o
 _TOLERANCE = 0.01  # the same, all told, at which a path ends
 _SAME_DISTANCE = 3.0  # two ends nearer than this, in sds of the mode per sqrt(D), are one
 _LINE_POINTS = 33
+_NUM_NUDGES, _MAX_ROUNDING = 4, 0.5  # nats
 _MAX_LOST_FRACTION = 0.1  # a mode is lost if q has less than this part of the draws it should have there
 _PROPOSAL_DRAWS, _PROPOSAL_DF, _MIN_EFFECTIVE = 1000, 5.0, 100.0
 
@@ -146,15 +149,15 @@ def find_modes(
     ends, values = _climb(counter, torch.cat([home, far]), max_steps)  # together: each step is one batch of scores
     sizes = [len(home), len(far)]
     (home_ends, far_ends), (home_values, far_values) = ends.split(sizes), values.split(sizes)
-    peaks = _distinct_maxima(counter, home_ends, home_values)
+    peaks = _distinct_maxima(counter, frame.affine, home_ends, home_values)
     if not peaks:
         home_ends, home_values = _climb(counter, home_ends, _MORE_STEPS * max_steps)
-        peaks = _distinct_maxima(counter, home_ends, home_values)
+        peaks = _distinct_maxima(counter, frame.affine, home_ends, home_values)
     if not peaks:
         return ModeSearch((), math.nan, sum(sizes), counter.num_evaluations)
 
     new = []
-    for peak in _distinct_maxima(counter, far_ends, far_values):
+    for peak in _distinct_maxima(counter, frame.affine, far_ends, far_values):
         at_home = any(peak.holds(end) for end in home_ends)
         if not at_home and _dip_from_nearest(counter, peak, home_ends, home_values) >= min_dip:
             new.append(peak)
@@ -227,8 +230,8 @@ def _climb(target: ScoredTarget, starts: Tensor, max_steps: int) -> tuple[Tensor
     return paths.ends, paths.end_log_densities
 
 
-def _distinct_maxima(target: ScoredTarget, ends: Tensor, values: Tensor) -> list[_Maximum]:
-    """The maxima among the highest ends of paths, highest first, each once."""
+def _distinct_maxima(target: ScoredTarget, affine: AffineMap, ends: Tensor, values: Tensor) -> list[_Maximum]:
+    """The maxima among the highest ends of paths, highest first, each once; ``affine`` leads to the target's own x."""
     found: list[_Maximum] = []
     num_tried = 0
     for i in values.argsort(descending=True).tolist():
@@ -238,9 +241,17 @@ def _distinct_maxima(target: ScoredTarget, ends: Tensor, values: Tensor) -> list
             continue
         num_tried += 1
         mode = _maximum(target, ends[i], values[i].item())
-        if mode is not None:
+        if mode is not None and _is_resolved(target, affine, mode):
             found.append(mode)
     return found
+
+
+def _is_resolved(target: ScoredTarget, affine: AffineMap, mode: _Maximum) -> bool:
+    """Whether log p is the same at points a few rounding units of x away."""
+    x = affine.forward(mode.y)
+    signs = torch.outer(torch.arange(1.0, _NUM_NUDGES + 1), torch.arange(1.0, len(x) + 1)).cos().sign().to(x)
+    values, _ = target(affine.inverse(x * (1.0 + target.noise * signs)))
+    return bool((values - mode.log_density).abs().max() < _MAX_ROUNDING)
 
 
 def _maximum(target: ScoredTarget, y: Tensor, log_density: float) -> _Maximum | None:

@@ -52,5 +52,6 @@ class PathGradientKL(Objective):
             target_score = masked(target_score, finite)
             direction = self.critic_value(x, target_score)
             divergence = mean_over(fisher_divergence(direction, target_score, sample.conditional_score), finite)
-        loss = -mean_over((direction * sample.x).sum(-1), finite)
+        num_kept = len(x) if finite is None else finite.sum()
+        loss = -(masked(direction, finite) * sample.x).sum() / num_kept
         return GuideLoss(loss, divergence, count_left_out(target_score, finite))
