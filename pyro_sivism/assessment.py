@@ -75,6 +75,7 @@ def assess(
     x = affine.forward(sample.x)
     num_blocks = _NUM_MINIBATCHES if target.is_subsampled else 1
     score = _scores(target, x, num_blocks)
+    draws = _with_more(x, affine, family)
     exact = not target.is_subsampled
     seeks_modes = exact and target.dim <= _MAX_MODE_SEARCH_DIM
     ends = gaussian.path_ends if gaussian is not None and len(gaussian.path_ends) else None
@@ -83,8 +84,8 @@ def assess(
     return judge(
         stein_statistics(x, score, num_blocks=num_blocks),
         fisher=fisher,
-        drift=_drift(target, affine, family, x, min_trajectories=min_trajectories) if exact else None,
-        modes=find_modes(target, x, extra_starts=ends) if seeks_modes else None,
+        drift=_drift(target, draws, min_trajectories=min_trajectories) if exact else None,
+        modes=find_modes(target, draws, extra_starts=ends) if seeks_modes else None,
         tails=tail_indices(target, x) if seeks_modes else None,
         labels=target.layout.coordinate_names,
     )
@@ -115,11 +116,13 @@ def _num_draws(dim: int) -> int:
     return max(_MIN_DRAWS, min(_MAX_DRAWS, _DRAWS_PER_DIM * dim)) if dim <= 256 else _MIN_DRAWS
 
 
-def _drift(
-    target: Target | AnchoredTarget, affine: AffineMap, family: SemiImplicit, x: Tensor, **how: Any
-) -> DriftStatistics:
-    """Where chains from some of the draws ``x`` go, beside all of them and more."""
-    draws = torch.cat([x, affine.forward(family.rsample(_NUM_UNSCORED_DRAWS).x)])
+def _with_more(x: Tensor, affine: AffineMap, family: SemiImplicit) -> Tensor:
+    """The draws ``x`` of q, which have been scored, and more that have not."""
+    return torch.cat([x, affine.forward(family.rsample(_NUM_UNSCORED_DRAWS).x)])
+
+
+def _drift(target: Target | AnchoredTarget, draws: Tensor, **how: Any) -> DriftStatistics:
+    """Where chains from the first draws go, beside all of them."""
     num_chains = _NUM_CHAINS if target.dim <= 256 else _NUM_LARGE_CHAINS
     return drift_statistics(target, draws, num_chains=num_chains, **how)
 
@@ -159,7 +162,7 @@ def gather_evidence(
         if target.is_subsampled or evidence.moment_error >= _LARGE or not (wants_proof or rule.may_end(evidence)):
             return evidence
         how = _PROOF if wants_proof else _EVIDENCE
-        drift = _drift(target, affine, family, x, **how)
+        drift = _drift(target, _with_more(x, affine, family), **how)
     except (ArgumentError, NonFiniteError):  # too few draws left, or no spread in them
         return Evidence(num_steps, moment_error=math.inf, divergence=math.inf)
     moment_error = max(drift.limit(errors).largest(), drift.coordinates.largest())

@@ -93,7 +93,8 @@ class StoppingRule:
 
     def wants_proof(self, evidence: Evidence) -> bool:
         """Whether only the Fisher divergence keeps the run from ending, which chains may show not to matter."""
-        return self._last is not None and evidence.moment_error <= _SMALL_MOMENT_ERROR and not self.may_end(evidence)
+        can_go_on = self._last is not None and self._num_steps < self.max_steps
+        return can_go_on and evidence.moment_error <= _SMALL_MOMENT_ERROR and not self.may_end(evidence)
 
     def next_cycle(self, evidence: Evidence, *, is_moving: bool = False) -> int:
         """How many steps to go on for after this evidence; 0 to end.

@@ -42,6 +42,7 @@ _CURVATURE_PASSES = 3
 _MAX_DECREMENT = 0.1  # squared Newton step, in sds of the mode per dimension, of what has converged
 _TOLERANCE = 0.01  # the same, all told, at which a path ends
 _SAME_DISTANCE = 3.0  # two ends nearer than this, in sds of the mode per sqrt(D), are one
+_MIN_EXPECTED = 5.0
 _LINE_POINTS = 33
 _NUM_NUDGES, _MAX_ROUNDING = 4, 0.5  # nats
 _MAX_LOST_FRACTION = 0.1  # a mode is lost if q has less than this part of the draws it should have there
@@ -119,7 +120,8 @@ def find_modes(
         num_home, num_far: how many paths of each kind.
         max_steps: quasi-Newton steps per path.
         min_share: the least share of the mass that matters.
-        min_effect: the least :attr:`Mode.effect` that matters where the share does not.
+        min_effect: the least :attr:`Mode.effect` that matters where the share does not, and where q is to have at least
+            five draws in the mode: that there are none says nothing otherwise.
         min_dip: how deep a valley separates modes, in nats.
 
     Raises:
@@ -170,7 +172,8 @@ def find_modes(
     for peak, share, draw_share in zip(peaks, shares.tolist(), draw_shares.tolist()):
         displacement = frame.along_coordinates(peak.y[None])[0]
         mode = Mode(frame.affine.forward(peak.y), displacement, share, draw_share, is_lost=False)
-        matters = peak in new and (share >= min_share or mode.effect >= min_effect)
+        has_effect = mode.effect >= min_effect and share * len(y) >= _MIN_EXPECTED
+        matters = peak in new and (share >= min_share or has_effect)
         is_lost = matters and peak.fraction_within(y) < _MAX_LOST_FRACTION * share
         modes.append(replace(mode, is_lost=is_lost))
     modes.sort(key=lambda mode: -mode.share)

@@ -320,7 +320,8 @@ def _mode_findings(modes: ModeSearch, name: Callable[[int], str], table: Thresho
     found = []
     for mode in modes.lost:
         sites, where = _where(mode, name)
-        text = f"another mode with about {100.0 * mode.share:.2g}% of the posterior's mass has no draws: {where}"
+        share = f"{mode.share:.0%}" if mode.share > 0.01 else f"{100.0 * mode.share:.2g}%"
+        text = f"another mode with about {share} of the posterior's mass has no draws: {where}"
         # A small mode far away can ruin an sd: suspect, not bad, for what is known of so small a mass.
         small = _finding("modes", sites, min(mode.effect, 0.99 * table.moment[1]), table.moment, text)
         found.append(max(_finding("modes", sites, mode.share, table.mode, text), small, key=lambda each: each.severity))

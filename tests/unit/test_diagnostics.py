@@ -578,6 +578,30 @@ def test_a_small_mode_is_lost_where_it_is_far_enough_away_to_ruin_an_sd(half, is
     assert find_modes(target, x, extra_starts=start).lost == (), "q has the draws there that it should have"
 
 
+@pytest.mark.parametrize(("num_draws", "is_lost"), [(1600, False), (1800, True)])
+def test_a_mode_that_q_should_have_hardly_a_draw_in_is_not_lost(num_draws, is_lost):
+    """.3% of the mass: 4.8 draws or 5.4."""
+    torch.manual_seed(0)
+    x = torch.randn(num_draws, 2) + torch.tensor([15.0, 0.0])
+    found = find_modes(two_modes(15.0, weight=0.997), x, extra_starts=torch.tensor([[-15.0, 0.5]]))
+    assert [mode.is_lost for mode in found.modes] == [False, is_lost]
+
+
+@pytest.mark.parametrize(("noise", "num_lost"), [(0.0, 1), (0.1, 1), (5.0, 0)])
+def test_a_maximum_that_roundings_make_is_no_mode(noise, num_lost):
+    """In float32, with a log density that in the second mode differs by nats from one number to the next."""
+
+    class Rounded(Density):
+        def log_density_and_score(self, x):
+            x = x.float().double()
+            log_density, score = super().log_density_and_score(x)
+            return log_density + noise * (x[:, 0] < 0) * (1e8 * x[:, 0]).cos(), score
+
+    torch.manual_seed(0)
+    target = Rounded(2, two_modes(4.0).log_density)
+    assert len(find_modes(target, torch.randn(1000, 2) + torch.tensor([4.0, 0.0])).lost) == num_lost
+
+
 def student_t(x):
     return -1.5 * (x.square() / 2.0).log1p().sum(-1)
 

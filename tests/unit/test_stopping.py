@@ -77,6 +77,8 @@ def test_chains_are_asked_where_the_divergence_alone_keeps_a_run_from_ending():
     assert not rule.wants_proof(Evidence(600, 0.02, 0.6)), "it has stalled"
     assert rule.wants_proof(Evidence(600, 0.02, 0.8))
     assert rule.next_cycle(Evidence(600, 0.02, 0.8)) == 600, "asking has changed nothing"
+    assert rule.next_cycle(Evidence(1200, 0.02, 0.4)) == 1200
+    assert not rule.wants_proof(Evidence(2400, 0.02, 0.8)), "it ends in any case"
 
 
 def test_a_run_ends_when_chains_rule_out_that_its_divergence_matters():
