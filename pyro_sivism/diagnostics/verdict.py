@@ -188,7 +188,7 @@ def judge(
     found.sort(key=lambda finding: (-LEVELS.index(finding.level), finding.instrument == "fisher", -finding.severity))
     alarms = tuple(finding for finding in found if finding.level != "good")
     level = alarms[0].level if alarms else "good"
-    sentence = alarms[0].text if alarms else _all_clear(stein.coordinates, modes)
+    sentence = alarms[0].text if alarms else _all_clear(stein_errors, modes)
     return Verdict(level, sentence, alarms, stein, fisher, drift, modes, tails)
 
 
