@@ -45,6 +45,7 @@ from pyro_sivism.layout import LatentLayout
 from pyro_sivism.target import Target
 
 LEVELS = ("good", "suspect", "bad")
+NUM_CHAINS = 512  # as the verdict has
 NUM_TRUTH, QUANTILES = 50_000, torch.arange(0.1, 1.0, 0.1, dtype=torch.double)
 DOUBLE = torch.double
 
@@ -301,7 +302,7 @@ def judge_draws(target: TargetDensity, x: Tensor, labels: list[str] | None) -> t
         quick = judge(stein, labels=labels)
         full = judge(
             stein,
-            drift=drift_statistics(target, x[:2048]),
+            drift=drift_statistics(target, x, num_chains=NUM_CHAINS),
             modes=find_modes(target, x),
             tails=tail_indices(target, x),
             labels=labels,
