@@ -176,6 +176,11 @@ class SIVISM:
         return self._target
 
     @property
+    def _scored(self) -> Target | AnchoredTarget:
+        """The target that q is fitted to: with less noise, where random minibatches make noise."""
+        return self.target if self._anchored is None else self._anchored
+
+    @property
     def ranks(self) -> Ranks:
         """The processes that share the fit."""
         if self._ranks is None:
@@ -304,8 +309,7 @@ class SIVISM:
             for name, value in saved["model_params"].items():
                 if name in params:
                     params[name].data.copy_(value)
-        scored = self.target if self._anchored is None else self._anchored
-        training.connect(WhitenedTarget(scored, self.guide.affine), self.target, params)
+        training.connect(WhitenedTarget(self._scored, self.guide.affine), self.target, params)
         if saved is not None:
             training.load_state_dict(saved["training"])
             self._saved = None
@@ -483,10 +487,9 @@ class SIVISM:
 
     def _gather_evidence(self, training: Training, rule: StoppingRule) -> Evidence:
         """Where the fit stands; the same on all ranks."""
-        target = self.target if self._anchored is None else self._anchored
         with self._timed("evidence"), self.ranks.same_random_numbers():
             found = gather_evidence(
-                target, self.guide.affine, training.averaged, training.objective, training.num_steps, rule
+                self._scored, self.guide.affine, training.averaged, training.objective, training.num_steps, rule
             )
         numbers = torch.tensor([found.moment_error, found.divergence], dtype=torch.double)
         self._together(self.ranks.broadcast_, [numbers])
@@ -505,10 +508,11 @@ class SIVISM:
 
     def _judge(self, training: Training) -> Verdict | None:
         """The verdict on the guide, with a warning unless it is good; None if there could be none."""
-        target = self.target if self._anchored is None else self._anchored
         try:
             with self._timed("verdict"):
-                verdict = assess(target, self.guide.affine, training.averaged, training.objective, self._gaussian_fit)
+                verdict = assess(
+                    self._scored, self.guide.affine, training.averaged, training.objective, self._gaussian_fit
+                )
         except SivismError as error:
             warn(f"the fit could not be judged: {error}", FitWarning)
             return None
