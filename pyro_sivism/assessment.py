@@ -44,6 +44,7 @@ _PROOF = {"min_trajectories": _NUM_TRAJECTORIES, "large_error": 0.05}
 _RULED_OUT = (0.12, 0.04)  # an error of a moment, in sds or log2, and a distance: what the verdict asks for is less
 _NUM_MINIBATCHES = 16
 _LARGE = 0.5  # sds, or log2 of an sd
+_MAX_PROVEN_DIM = 256  # beyond, chains are too few to rule much out
 _MAX_MODE_SEARCH_DIM = 256  # beyond, climbs from everywhere cost more than the fit
 
 
@@ -158,7 +159,7 @@ def gather_evidence(
         errors = stein_statistics(x, score, num_blocks=num_blocks).coordinates
         fisher = _fisher(target, affine, objective.critic, objective, sample.x, x, score, sample.conditional_score)
         evidence = Evidence(num_steps, errors.largest(), fisher.bulk)
-        wants_proof = rule.wants_proof(evidence)
+        wants_proof = rule.wants_proof(evidence) and target.dim <= _MAX_PROVEN_DIM
         if target.is_subsampled or evidence.moment_error >= _LARGE or not (wants_proof or rule.may_end(evidence)):
             return evidence
         how = _PROOF if wants_proof else _EVIDENCE
