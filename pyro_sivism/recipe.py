@@ -35,10 +35,6 @@ class Recipe:
         init_scale, min_scale, max_scale: the conditional sd at the start, its floor and its ceiling.
     """
 
-    max_steps: int
-    num_particles: int
-    critic_steps: int
-    critic_warmup_steps: int
     mixing_dim: int
     guide_hidden_dims: tuple[int, ...]
     critic_hidden_dims: tuple[int, ...]
@@ -47,6 +43,10 @@ class Recipe:
     input_lr_factor: float
     scale_depends_on_z: bool
     gated: bool
+    max_steps: int = 4800
+    num_particles: int = 128
+    critic_steps: int = 2
+    critic_warmup_steps: int = 50
     min_scale: float = 0.3
     init_scale: float = 0.75
     max_scale: float = 1.2
@@ -65,7 +65,10 @@ class Recipe:
         at the floor. With a floor of .1 a Gaussian-process regression of 13 dimensions and two crossed Gaussians in
         the plane collapsed that way; above .4 a curved ridge is too blurred.
 
-        Beyond D = 32 the guide moves more slowly.
+        The steps are at most 4,800. That is for thin tails and funnels; most fits end after 150 to 600. After 2,400 the
+        same Gaussian-process regression had errors of .13 sds at worst over five seeds, after 4,800 of .06 over three.
+
+        Beyond D = 30 the guide moves more slowly.
 
         Up to D = 256 the conditional sd follows z, and up to 1,024 both networks are gated. Without gates it did not
         end well beyond D = 32: the worst sd of a hierarchical regression in 90 dimensions was off by .68 in log2 after
@@ -79,12 +82,8 @@ class Recipe:
         The default critic begins as the exact score of the first q and needs little of a warm-up; a critic of the
         user's, or a guide that was trained before, is what it is there for.
         """
-        small, large = dim <= 32, dim > 256
+        large = dim > 256
         return cls(
-            max_steps=2400 if small else 4800,
-            num_particles=128,
-            critic_steps=2,
-            critic_warmup_steps=50,
             mixing_dim=min(dim, _MAX_MIXING_DIM),
             guide_hidden_dims=(_clip(2 * dim, 64, 256),) * 2,
             critic_hidden_dims=(256 if large else _clip(3 * dim, 128, 512),) * 2,
