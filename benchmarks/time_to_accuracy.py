@@ -126,11 +126,14 @@ def _medians(rows: list[dict[str, Any]], name: str, method: str, budget: int | N
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """One panel for each posterior: error against seconds, a line for each method."""
     import matplotlib.pyplot as plt  # here, for its second is none of the fits'
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     names = list(dict.fromkeys(row["posterior"] for row in rows))
     columns = min(4, len(names))
     num_rows = math.ceil(len(names) / columns)
-    figure, axes = plt.subplots(num_rows, columns, figsize=(3.4 * columns, 2.6 * num_rows), squeeze=False)
+    figure, axes = plt.subplots(
+        num_rows, columns, figsize=(3.4 * columns, 2.6 * num_rows), squeeze=False, sharex=True, sharey=True
+    )
     for axis, name in zip(axes.flat, names):
         for method in dict.fromkeys(row["method"] for row in rows):
             budgets = dict.fromkeys(row["budget"] for row in rows if row["method"] == method)
@@ -142,6 +145,10 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axis.axhline(1.0, color="gray", linewidth=0.8)
         axis.set(xscale="log", yscale="log", title=name, xlabel="seconds", ylabel="sw1 / floor")
         axis.title.set_fontsize(9)
+        for each in (axis.xaxis, axis.yaxis):
+            each.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+            each.set_major_formatter(ScalarFormatter())
+            each.set_minor_formatter(NullFormatter())
     for axis in axes.flat[len(names) :]:
         axis.set_visible(False)
     axes.flat[0].legend(fontsize=7)
