@@ -44,7 +44,7 @@ _TOLERANCE = 0.01  # the same, all told, at which a path ends
 _SAME_DISTANCE = 3.0  # two ends nearer than this, in sds of the mode per sqrt(D), are one
 _MIN_EXPECTED = 5.0
 _LINE_POINTS = 33
-_NUM_NUDGES, _MAX_ROUNDING = 4, 0.5  # nats
+_NUM_NUDGES, _NUDGE, _MAX_ROUNDING = 4, 2.0, 0.5  # rounding units, nats
 _MAX_LOST_FRACTION = 0.1  # a mode is lost if q has less than this part of the draws it should have there
 _PROPOSAL_DRAWS, _PROPOSAL_DF, _MIN_EFFECTIVE = 1000, 5.0, 100.0
 
@@ -253,7 +253,7 @@ def _is_resolved(target: ScoredTarget, affine: AffineMap, mode: _Maximum) -> boo
     """Whether log p is the same at points a few rounding units of x away."""
     x = affine.forward(mode.y)
     signs = torch.outer(torch.arange(1.0, _NUM_NUDGES + 1), torch.arange(1.0, len(x) + 1)).cos().sign().to(x)
-    values, _ = target(affine.inverse(x * (1.0 + target.noise * signs)))
+    values, _ = target(affine.inverse(x * (1.0 + _NUDGE * target.eps * signs)))
     return bool((values - mode.log_density).abs().max() < _MAX_ROUNDING)
 
 
