@@ -25,6 +25,7 @@ from pyro_sivism.diagnostics import (
     stein_statistics,
     tail_indices,
 )
+from pyro_sivism.diagnostics.moments import LARGE_ERROR
 from pyro_sivism.errors import ArgumentError, NonFiniteError
 from pyro_sivism.family import AffineMap, GaussianFit, SemiImplicit
 from pyro_sivism.objectives import Objective
@@ -38,12 +39,11 @@ _MIN_DRAWS, _MAX_DRAWS, _DRAWS_PER_DIM = 2048, 8192, 64
 _NUM_UNSCORED_DRAWS = 6144  # which cost nothing: what chains are compared with is then known better than they are
 _NUM_CHAINS = 512
 _NUM_LARGE_CHAINS = 96  # beyond D = 256, where each of their steps costs more: more than the fit otherwise
-_NUM_TRAJECTORIES = 32  # at most
+_NUM_DECIDING_TRAJECTORIES = 32  # of chains that decide where scores disagree
 _EVIDENCE = {"max_trajectories": 4}
-_PROOF = {"min_trajectories": _NUM_TRAJECTORIES, "large_error": 0.05}
+_PROOF = {"min_trajectories": _NUM_DECIDING_TRAJECTORIES, "large_error": 0.05}
 _RULED_OUT = (0.12, 0.04)  # an error of a moment, in sds or log2, and a distance: what the verdict asks for is less
 _NUM_MINIBATCHES = 16
-_LARGE = 0.5  # sds, or log2 of an sd
 _MAX_PROVEN_DIM = 256  # beyond, chains are too few to rule much out
 _MAX_MODE_SEARCH_DIM = 256  # beyond, climbs from everywhere cost more than the fit
 
@@ -81,7 +81,7 @@ def assess(
     seeks_modes = exact and target.dim <= _MAX_MODE_SEARCH_DIM
     ends = gaussian.path_ends if gaussian is not None and len(gaussian.path_ends) else None
     fisher = _fisher(target, affine, objective.critic, objective, sample.x, x, score, sample.conditional_score)
-    min_trajectories = _NUM_TRAJECTORIES if is_alarming(fisher) else 0
+    min_trajectories = _NUM_DECIDING_TRAJECTORIES if is_alarming(fisher) else 0
     return judge(
         stein_statistics(x, score, num_blocks=num_blocks),
         fisher=fisher,
@@ -160,7 +160,7 @@ def gather_evidence(
         fisher = _fisher(target, affine, objective.critic, objective, sample.x, x, score, sample.conditional_score)
         evidence = Evidence(num_steps, errors.largest(), fisher.bulk)
         wants_proof = rule.wants_proof(evidence) and target.dim <= _MAX_PROVEN_DIM
-        if target.is_subsampled or evidence.moment_error >= _LARGE or not (wants_proof or rule.may_end(evidence)):
+        if target.is_subsampled or evidence.moment_error >= LARGE_ERROR or not (wants_proof or rule.may_end(evidence)):
             return evidence
         how = _PROOF if wants_proof else _EVIDENCE
         drift = _drift(target, _with_more(x, affine, family), **how)

@@ -32,8 +32,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_sivism.diagnostics.moments import CUT_OFF, Frame, MomentErrors, finite_rows
+from pyro_sivism.diagnostics.moments import CUT_OFF, LARGE_ERROR, Frame, MomentErrors, finite_rows
 from pyro_sivism.diagnostics.stein import WorstDirection
+from pyro_sivism.diagnostics.two_sample import kolmogorov_smirnov
 from pyro_sivism.family import TargetDensity, WhitenedTarget
 
 __all__ = ["DriftStatistics", "drift_statistics"]
@@ -46,7 +47,7 @@ _MAX_HALVINGS = 6
 _WANTED_ACCEPTANCE, _ENOUGH_ACCEPTANCE = 0.92, 0.7
 _FIRST_TRAJECTORIES, _MAX_TRAJECTORIES = 8, 32
 _FORGOTTEN = 0.4  # a correlation with the starts
-_NOTHING, _LARGE = 0.05, 0.5  # errors beyond chance between which more trajectories may tell more
+_NOTHING = 0.05  # an error beyond chance; between it and a large one more trajectories may tell more
 _MAX_CORRELATION = 0.8  # up to which changes are extrapolated; beyond it the verdict vouches for nothing
 
 
@@ -100,7 +101,7 @@ def drift_statistics(
     num_chains: int | None = None,
     min_trajectories: int = 0,
     max_trajectories: int = _MAX_TRAJECTORIES,
-    large_error: float = _LARGE,
+    large_error: float = LARGE_ERROR,
 ) -> DriftStatistics:
     """Errors of q's moments from where chains take its draws ``x (N, D)``.
 
@@ -163,7 +164,7 @@ def drift_statistics(
         coordinates=coordinates,
         direction=_worst_direction(frame, before, late),
         correlation=correlation,
-        distance=_distance(draws, chains.flatten(0, 1)),
+        distance=kolmogorov_smirnov(draws, chains.flatten(0, 1)),
         acceptance=sum(acceptances) / len(acceptances),
         stuck=(ends[-1] == start.y).all(-1).double().mean().item(),
         num_evaluations=num_evaluations + len(finite) + num_trajectories * num_steps * len(starts),
@@ -245,14 +246,6 @@ def _moment_errors(before: Tensor, late: Tensor) -> tuple[MomentErrors, Tensor]:
         changes += [change, deviation.square().sum(0).sqrt() / (1.0 - rho)]
         correlations.append(products.mean(0))
     return MomentErrors.from_changes(*changes), torch.maximum(*correlations)
-
-
-def _distance(a: Tensor, b: Tensor) -> Tensor:
-    """The largest difference between the distribution functions of columns (N, K) and (M, K): (K,)."""
-    a, b = (values.T.contiguous().sort(-1).values for values in (a, b))
-    both = torch.cat([a, b], -1)
-    of_a, of_b = (torch.searchsorted(values, both, right=True) / values.shape[-1] for values in (a, b))
-    return (of_a - of_b).abs().amax(-1).double()
 
 
 def _standardized(values: Tensor, dim: int | tuple[int, ...]) -> Tensor:

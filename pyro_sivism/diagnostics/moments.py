@@ -21,7 +21,7 @@ from torch import Tensor
 from pyro_sivism.errors import ArgumentError, NonFiniteError
 from pyro_sivism.family import AffineMap
 
-__all__ = ["CUT_OFF", "NUM_STANDARD_ERRORS", "Frame", "MomentErrors", "finite_rows", "standard_error"]
+__all__ = ["CUT_OFF", "LARGE_ERROR", "NUM_STANDARD_ERRORS", "Frame", "MomentErrors", "finite_rows", "standard_error"]
 
 # A dense covariance of q is estimated from at least so many draws per dimension: its eigenvalues are then right to
 # about 2 sqrt(1/8) / 2 = 35% at worst, which is enough of a frame. With fewer the frame is diagonal.
@@ -38,7 +38,7 @@ _MIN_SD = 0.25
 # chance by little more than one standard error, which is .02 with 4,096 draws.
 NUM_STANDARD_ERRORS = 2.0
 
-_LARGE = 0.5  # sds, or log2 of an sd
+LARGE_ERROR = 0.5  # sds, or log2 of an sd
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class MomentErrors:
         se = torch.cat([self.mean_se, self.log2_sd_se])
         chance = max(0.0, math.sqrt(2.0 * math.log(2.0 * len(sure))) - NUM_STANDARD_ERRORS) * se
         # A large error is one whatever its standard error, which may be as large where q is far off.
-        return torch.where(sure > _LARGE, sure, (sure - chance).clamp(min=0.0)).max().item()
+        return torch.where(sure > LARGE_ERROR, sure, (sure - chance).clamp(min=0.0)).max().item()
 
     def upper_bound(self) -> Tensor:
         """The larger error of mean or sd in each direction, with ``NUM_STANDARD_ERRORS`` added, (K,)."""

@@ -582,7 +582,7 @@ def test_banana_that_a_gaussian_cannot_fit():
     its error in both moments; they are still narrow at the banana's ends, which the verdict says.
     """
     sivism = SIVISM(banana)
-    with pytest.warns(FitWarning, match="the fit is suspect: (y: sd probably .* too small|the scores .* differ)"):
+    with pytest.warns(FitWarning, match="the fit is suspect: y: sd probably .* too small"):
         sivism.run(None, progress_bar=False)
     draws = sivism.sample(20_000)
     curvature = torch.corrcoef(torch.stack([draws["x"] ** 2, draws["y"]]))[0, 1]

@@ -24,8 +24,9 @@ from pyro_sivism.diagnostics import (
     judge,
     stein_statistics,
 )
-from pyro_sivism.diagnostics.drift import _distance, _moment_errors
+from pyro_sivism.diagnostics.drift import _moment_errors
 from pyro_sivism.diagnostics.moments import Frame, standard_error
+from pyro_sivism.diagnostics.two_sample import kolmogorov_smirnov
 from pyro_sivism.errors import ArgumentError, NonFiniteError
 from tests.statistical.oracle import NUM_STANDARD_ERRORS, GaussianTarget, random_covariance
 
@@ -339,8 +340,8 @@ def test_distances_of_distribution_functions_are_scipys(decimals):
     a = torch.randn(700, 2).round(decimals=decimals)
     b = torch.stack([0.4 + torch.randn(300), 1.6 * torch.randn(300)], 1).round(decimals=decimals)
     want = [ks_2samp(a[:, i], b[:, i]).statistic for i in range(2)]
-    assert _distance(a, b).tolist() == pytest.approx(want, abs=1e-6)
-    assert _distance(b, a).tolist() == pytest.approx(want, abs=1e-6)
+    assert kolmogorov_smirnov(a, b).tolist() == pytest.approx(want, abs=1e-6)
+    assert kolmogorov_smirnov(b, a).tolist() == pytest.approx(want, abs=1e-6)
 
 
 def test_chains_measure_the_distance_of_two_normals_in_each_coordinate():
