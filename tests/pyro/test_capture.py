@@ -360,6 +360,18 @@ def test_data_changed_in_place_are_seen(no_checks, recordings):
     assert recordings["models"] == 3  # at first, for other contents of the array, and for the folded constant
 
 
+def test_an_argument_that_the_model_also_closes_over_is_two_things(no_checks):
+    """One is replaced by the next call's, the other stays."""
+
+    def model(y):
+        observe(pyro.sample("a", dist.Normal(0.0, 1.0)) + Y.sum(), y)
+
+    target = make_target(model, Y)
+    assert target.rebind((Y + 1.0,))
+    assert_as_the_loop(target)
+    assert target.path.name == "captured"
+
+
 def test_an_objects_contents_may_change_between_calls():
     config = Config(0.0)
     target = make_target(configured, Y, config)
@@ -615,6 +627,33 @@ def test_a_global_that_is_rebound_is_noticed_at_the_next_check(monkeypatch):
     assert "such as a global; make it an argument of the model" in message
     assert target.path.name == "vmap"
     assert "captured: no longer agreed with a run of the model: the score" in target.path.reason
+    assert_as_the_loop(target)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda target: setattr(target, "minibatch", {"data": torch.tensor([7, 4, 2])}),
+        Target.resample_minibatch,
+        Target.check_soon,
+    ],
+    ids=["minibatch set", "minibatch drawn", "check asked for"],
+)
+def test_a_replay_is_compared_without_waiting_for_its_turn(change, monkeypatch):
+    def model():
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 10, subsample_size=3) as i:
+            pyro.sample("y", dist.Normal(a + SHIFT, 1.0), obs=ROWS[i])
+
+    target = make_target(model)
+    x = points(target)
+    assert_as_the_loop(target)
+    monkeypatch.setitem(globals(), "SHIFT", 5.0)
+    target.score(x)  # not its turn
+    assert target.path.name == "captured"
+    change(target)
+    with pytest.warns(TargetPathWarning, match="no longer agrees"):
+        target.score(x)
     assert_as_the_loop(target)
 
 
@@ -878,6 +917,16 @@ def test_a_graph_that_is_wrong_for_other_sizes_of_batches_is_refused():
 
     with pytest.raises(CaptureError, match="graphs of its parts"):
         capture._check_sizes(by_size, torch.rand(12, 3), [])
+
+
+def test_every_graph_is_asked_whether_it_is_right_for_other_sizes_of_batches(monkeypatch):
+    class BySize(capture.BatchGraph):
+        def __call__(self, x, *inputs):
+            return tuple(result / len(x) for result in super().__call__(x, *inputs))
+
+    monkeypatch.setattr(capture, "BatchGraph", BySize)
+    reason = make_target(curved).path.reason
+    assert reason.startswith("captured: CaptureError: a batch's graph does not give what the graphs of its parts give")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

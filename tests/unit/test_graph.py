@@ -449,11 +449,25 @@ def test_a_detach_of_autograds_own_is_dropped():
         lambda x: torch.as_tensor(np.arange(10.0)[x.long().abs()]),
         lambda x: torch.as_tensor(np.exp(x)),
         lambda x: torch.from_numpy(np.from_dlpack(x)),
+        lambda x: torch.tensor(x.untyped_storage().tolist()[:4]),
+        lambda x: x + float(x.data_ptr()),
         lambda x: x if x.sum() > 0 else -x,
         lambda x: x * x[0].item(),
         lambda x: x[: int(x[3])],
     ],
-    ids=["numpy", "tolist", "asarray", "index an array", "numpy function", "dlpack", "branch", "item", "size"],
+    ids=[
+        "numpy",
+        "tolist",
+        "asarray",
+        "index an array",
+        "numpy function",
+        "dlpack",
+        "storage",
+        "address",
+        "branch",
+        "item",
+        "size",
+    ],
 )
 @pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning")
 def test_values_that_would_be_frozen_are_an_error(read):
