@@ -88,7 +88,8 @@ class LatentLayout:
             sites.append(site)
             offset += site.size
             dtype = value.dtype if dtype is None else torch.promote_types(dtype, value.dtype)
-            device = value.device
+            # A model on an accelerator may draw scalars from Normal(0.0, 1.0), which is on the CPU.
+            device = value.device if device.type == "cpu" else device
         if offset == 0:
             raise EmptyModelError(
                 "the model has no continuous latent site, so there is no posterior to fit: expected at "
@@ -127,7 +128,7 @@ class LatentLayout:
         for site in self.sites:
             unconstrained = site.transform.inv(values[site.name])
             batch = unconstrained.shape[: unconstrained.dim() - len(site.unconstrained_shape)]
-            parts.append(unconstrained.reshape(batch + (site.size,)).to(self.dtype))
+            parts.append(unconstrained.reshape(batch + (site.size,)).to(self.device, self.dtype))
         return torch.cat(parts, -1)
 
     def init_from_trace(self, trace: Trace) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -13,9 +13,18 @@ from pyro.optim import PyroOptim
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
+from pyro_sivism.devices import is_at_hand
 from pyro_sivism.errors import ArgumentError, NonFiniteError, OptimizerError
 
-__all__ = ["OptimizerLike", "Stepper", "check_optimizer", "clip_gradients", "make_stepper"]
+__all__ = [
+    "ClippedGradients",
+    "OptimizerLike",
+    "Stepper",
+    "check_optimizer",
+    "clip_gradients",
+    "make_stepper",
+    "nonfinite_gradient",
+]
 
 TorchOptimizerFactory = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 OptimizerLike = PyroOptim | TorchOptimizerFactory
@@ -48,8 +57,17 @@ class Stepper:
     def __init__(self, params: Mapping[str, Tensor]) -> None:
         self.params = dict(params)
 
-    def step(self, gradients: Sequence[Tensor | None], lr_factor: float) -> None:
-        """Move every parameter along its gradient; ``lr_factor`` is the schedule's, for our own optimizer."""
+    def step(self, gradients: Sequence[Tensor | None], lr_factor: float, skip: Tensor | None = None) -> None:
+        """Move every parameter along its gradient.
+
+        Args:
+            gradients: of the parameters, in their order.
+            lr_factor: the schedule's, for our own optimizer.
+            skip: a scalar; where it is 1, nothing is to move. Our own optimizer decides that on the device, others make
+                the host wait for it.
+        """
+        if skip is not None and bool(skip):
+            return
         for param, gradient in zip(self.params.values(), gradients):
             param.grad = gradient
         self._step(lr_factor)
@@ -89,7 +107,7 @@ class _AdamStepper(Stepper):
         self._counts = [torch.zeros((), dtype=torch.float32, device=p.device) for p in values]
 
     @torch.no_grad()
-    def step(self, gradients: Sequence[Tensor | None], lr_factor: float) -> None:
+    def step(self, gradients: Sequence[Tensor | None], lr_factor: float, skip: Tensor | None = None) -> None:
         values = list(self.params.values())
         for group, lr in self._groups:
             moved = [(i, gradient) for i in group if (gradient := gradients[i]) is not None]
@@ -103,6 +121,7 @@ class _AdamStepper(Stepper):
                 [],
                 [self._counts[i] for i in indices],
                 fused=True,
+                found_inf=skip,
                 amsgrad=False,
                 beta1=self._betas[0],
                 beta2=self._betas[1],
@@ -229,12 +248,20 @@ def make_stepper(
     return _TorchStepper(params, optim, argument)
 
 
-def clip_gradients(gradients: Sequence[Tensor | None], max_norm: float, whose: str) -> list[Tensor | None]:
+class ClippedGradients(NamedTuple):
+    """Gradients of a bounded norm. ``skip`` is 1 where they are not finite, so that nothing must be moved by them, and
+    None where the host has seen that they are."""
+
+    gradients: list[Tensor | None]
+    skip: Tensor | None
+
+
+def clip_gradients(gradients: Sequence[Tensor | None], max_norm: float, whose: str) -> ClippedGradients:
     """The gradients, scaled down to a total norm of ``max_norm``.
 
     Raises:
         ArgumentError: there is no gradient at all.
-        NonFiniteError: the total norm is NaN or infinite.
+        NonFiniteError: the total norm is NaN or infinite, and at hand.
     """
     present = [g for g in gradients if g is not None]
     if not present:
@@ -242,15 +269,25 @@ def clip_gradients(gradients: Sequence[Tensor | None], max_norm: float, whose: s
             f"the loss of the {whose} depends on none of the {whose}'s parameters; expected a gradient for some. "
             "Check a custom critic, conditional or objective for a detach or no_grad."
         )
-    # In float64, where no square overflows; as a number, asked for once.
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(present)), dtype=torch.double).item()
-    if not math.isfinite(norm):
-        raise NonFiniteError(
-            f"the {whose}'s gradient is not finite; the {whose} was left as it is. Lower the learning rate, or check "
-            "the model for overflow far from the posterior (float64 data often cures it)."
-        )
-    if norm <= max_norm:
-        return list(gradients)
+    # In float64, where no square overflows.
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(present)), dtype=torch.double)
+    if is_at_hand(norm):
+        norm, skip = norm.item(), None
+        if not math.isfinite(norm):
+            raise nonfinite_gradient(whose)
+        if norm <= max_norm:
+            return ClippedGradients(list(gradients), skip)
+        scale = max_norm / norm
+    else:
+        scale, skip = (max_norm / norm).clamp(max=1.0), (~norm.isfinite()).float()
     # Not in place: autograd may give one tensor as the gradient of two parameters, or an expanded one.
-    scaled = iter(torch._foreach_mul(present, max_norm / norm))
-    return [None if g is None else next(scaled) for g in gradients]
+    scaled = iter(torch._foreach_mul(present, scale))
+    return ClippedGradients([None if g is None else next(scaled) for g in gradients], skip)
+
+
+def nonfinite_gradient(whose: str) -> NonFiniteError:
+    """The error for a gradient that must not be followed."""
+    return NonFiniteError(
+        f"the {whose}'s gradient is not finite; the {whose} was left as it is. Lower the learning rate, or check "
+        "the model for overflow far from the posterior (float64 data often cures it)."
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,7 +12,19 @@ from pyro_sivism.diagnostics import Verdict
 from pyro_sivism.family import GaussianFit
 from pyro_sivism.stopping import Evidence
 
-__all__ = ["FitResult", "StepInfo"]
+__all__ = ["FitResult", "History", "StepInfo", "StepReport"]
+
+_READ_EVERY = 20
+
+
+class StepReport(NamedTuple):
+    """What one step did, before anybody has waited for its numbers: those of :class:`StepInfo` as scalars where they
+    were computed."""
+
+    step: int
+    loss: Tensor
+    critic_loss: Tensor
+    num_nonfinite: Tensor
 
 
 class StepInfo(NamedTuple):
@@ -30,6 +43,31 @@ class StepInfo(NamedTuple):
     loss: float
     critic_loss: float
     num_nonfinite: int
+
+
+class History:
+    """The steps of a run, in numbers.
+
+    Args:
+        read: from reports to numbers; it may have to wait for an accelerator, and may raise.
+        reads_each: read each report at once, rather than twenty together.
+    """
+
+    def __init__(self, read: Callable[[Sequence[StepReport]], list[StepInfo]], *, reads_each: bool) -> None:
+        self.infos: list[StepInfo] = []
+        self._read, self._batch = read, 1 if reads_each else _READ_EVERY
+        self._unread: list[StepReport] = []
+
+    def add(self, report: StepReport) -> None:
+        self._unread.append(report)
+        if len(self._unread) == self._batch:
+            self.read()
+
+    def read(self) -> list[StepInfo]:
+        """All steps so far."""
+        unread, self._unread = self._unread, []
+        self.infos += self._read(unread)
+        return self.infos
 
 
 @dataclass(frozen=True)

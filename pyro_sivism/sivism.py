@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from pyro_sivism.assessment import assess, gather_evidence
 from pyro_sivism.checkpoint import write_atomically
+from pyro_sivism.devices import is_at_hand
 from pyro_sivism.diagnostics import Verdict
 from pyro_sivism.distributed import Ranks
 from pyro_sivism.errors import (
@@ -37,7 +38,7 @@ from pyro_sivism.objectives import Objective, PathGradientKL
 from pyro_sivism.optimizers import OptimizerLike, check_optimizer
 from pyro_sivism.recipe import Recipe
 from pyro_sivism.reparametrization import suggestion
-from pyro_sivism.results import FitResult, StepInfo
+from pyro_sivism.results import FitResult, History, StepInfo, StepReport
 from pyro_sivism.stopping import Evidence, StoppingRule
 from pyro_sivism.target import Target
 from pyro_sivism.target.anchored import AnchoredTarget
@@ -335,9 +336,11 @@ class SIVISM:
             NonFiniteError: every particle's score, or a gradient, is not finite.
             DistributedError: another process that shares the fit is gone.
         """
-        return self._step(self._bind(args, kwargs)).loss
+        training = self._bind(args, kwargs)
+        (info,) = training.read([self._step(training)])
+        return info.loss
 
-    def _step(self, training: Training) -> StepInfo:
+    def _step(self, training: Training) -> StepReport:
         self._verdict = None  # it was on another q
         if not training.is_warm:
             with self._timed("critic_warmup"):
@@ -404,7 +407,7 @@ class SIVISM:
             )
         training = self._bind(args, kwargs)
         self.ranks.draw_apart()  # a script may have seeded all ranks alike since set-up
-        history: list[StepInfo] = []
+        history = History(training.read, reads_each=bool(callbacks) or is_at_hand(self.guide.loc))
         evidence: list[Evidence] = []
         self._seconds.setdefault("steps", 0.0)
         with tqdm(total=num_steps, disable=not (progress_bar and self.ranks.is_first), desc="SIVISM") as bar:
@@ -423,16 +426,17 @@ class SIVISM:
                 interrupted = True
             finally:
                 training.plan(None)
-        if (num_steps is None or len(history) >= _MIN_STEPS_TO_JUDGE) and self.ranks.is_first:
+        infos = history.read()
+        if (num_steps is None or len(infos) >= _MIN_STEPS_TO_JUDGE) and self.ranks.is_first:
             self._verdict = self._judge(training)
             if progress_bar and self._verdict is not None:
                 print(f"SIVISM: {self._verdict}")
             self._report_drift(training)
         return FitResult(
-            num_steps=len(history),
-            losses=torch.tensor([info.loss for info in history]),
-            critic_losses=torch.tensor([info.critic_loss for info in history]),
-            num_nonfinite=sum(info.num_nonfinite for info in history),
+            num_steps=len(infos),
+            losses=torch.tensor([info.loss for info in infos]),
+            critic_losses=torch.tensor([info.critic_loss for info in infos]),
+            num_nonfinite=sum(info.num_nonfinite for info in infos),
             num_evaluations=self.target.num_evaluations,
             seconds=dict(self._seconds),
             interrupted=interrupted,
@@ -443,22 +447,23 @@ class SIVISM:
         )
 
     def _take_steps(
-        self, training: Training, number: int, history: list[StepInfo], bar: Any, callbacks: Sequence[Callback]
+        self, training: Training, number: int, history: History, bar: Any, callbacks: Sequence[Callback]
     ) -> bool:
         """One cycle of so many steps; whether it was cut short."""
         training.plan(number)
         with self._timed("steps"):
             started = time.perf_counter()
             for taken in range(1, number + 1):
-                history.append(self._step(training))
+                history.add(self._step(training))
                 bar.update()
                 if taken == _STEPS_BEFORE_COMPILING:
                     self._compile_if_repaid(training, number - taken, (time.perf_counter() - started) / taken)
-                if len(history) % 20 == 0:
-                    bar.set_postfix_str(f"loss {history[-1].loss:.3g}", refresh=False)
-                asked_to_stop = [callback(self, history[-1]) for callback in callbacks]
+                if taken % 20 == 0:
+                    bar.set_postfix_str(f"loss {history.infos[-1].loss:.3g}", refresh=False)
+                asked_to_stop = [callback(self, history.infos[-1]) for callback in callbacks]
                 if self._together(self.ranks.any, any(asked_to_stop)):
                     return True
+            history.read()
         return False
 
     def _take_cycles(

@@ -7,6 +7,9 @@ One step is
 3. average the family's weights into those that are reported;
 4. if the model has learnable parameters, move them up E_q[log p] (variational EM).
 
+On an accelerator a step asks for no value (see ``devices.py``): what may go wrong is decided by masks, and
+:meth:`Training.read` tells, of several steps together.
+
 Where several processes share the fit, each draws its share of the particles, and gradients and reports are pooled.
 """
 
@@ -21,14 +24,16 @@ import torch
 from torch import Tensor, nn
 
 from pyro_sivism.compiled import CompiledGradients
+from pyro_sivism.devices import is_at_hand
 from pyro_sivism.distributed import Ranks
-from pyro_sivism.errors import CompileError, ModelError, NonFiniteError, NonFiniteWarning
+from pyro_sivism.errors import CompileError, CompileWarning, ModelError, NonFiniteError, NonFiniteWarning
 from pyro_sivism.family import SemiImplicit, TargetDensity
 from pyro_sivism.objectives import GuideLoss, Objective
-from pyro_sivism.optimizers import OptimizerLike, Stepper, clip_gradients, make_stepper
+from pyro_sivism.optimizers import OptimizerLike, Stepper, clip_gradients, make_stepper, nonfinite_gradient
 from pyro_sivism.recipe import Recipe
-from pyro_sivism.results import StepInfo
+from pyro_sivism.results import StepInfo, StepReport
 from pyro_sivism.target import Target
+from pyro_sivism.target.paths import first_line
 from pyro_sivism.warn import warn
 
 __all__ = ["Training"]
@@ -95,6 +100,7 @@ class Training:
         self._averaged_params: list[Tensor] = list(averaged.parameters())
         self._buffers = list(zip(averaged.buffers(), family.buffers()))
         self._compiled: CompiledGradients | None = None
+        self._skipped: dict[str, Tensor] = {}  # whose update was skipped since the last look, where nobody has seen it
         self._model_stepper: Stepper | None = None
         self._model_drift: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -138,26 +144,50 @@ class Training:
     def is_compiled(self) -> bool:
         return self._compiled is not None
 
-    def step(self) -> StepInfo:
+    def step(self) -> StepReport:
         """Take one step, as the module docstring says.
 
         Raises:
-            NonFiniteError: every particle's score is non-finite, or a gradient is; the guide has not been moved.
+            NonFiniteError: every particle's score is non-finite, or a gradient is; the guide has not been moved. On an
+                accelerator it is :meth:`read` that raises.
         """
         lr_factor = self._lr_factor()
         for _ in range(self.recipe.critic_steps):
             critic_loss = self._critic_step(lr_factor)
 
         gradients, divergence, num_nonfinite, x = self._guide_gradients()
-        self._guide_stepper.step(clip_gradients(gradients, self.recipe.clip_norm, "guide"), lr_factor)
+        self._update("guide", self._guide_stepper, gradients, lr_factor)
         self._average_weights()
         if self._model_stepper is not None:
             self._model_step(self._model_stepper, x, lr_factor)
 
         self.num_steps += 1
-        info = StepInfo(self.num_steps, divergence.item(), critic_loss.item(), int(num_nonfinite))
-        self._report_nonfinite(info)
-        return info
+        return StepReport(self.num_steps, divergence, critic_loss, num_nonfinite)
+
+    def read(self, reports: Sequence[StepReport]) -> list[StepInfo]:
+        """What steps since the last look did, in numbers; on an accelerator the one place where the host waits for it.
+
+        Raises:
+            NonFiniteError: of one of these steps; it moved nothing.
+        """
+        if not reports:
+            return []
+        steps, *tensors = zip(*reports)
+        infos = [StepInfo(*row) for row in zip(steps, *(torch.stack(column).tolist() for column in tensors))]
+        for info in infos:
+            if info.num_nonfinite == self.recipe.num_particles:
+                raise NonFiniteError(
+                    f"step {info.step}: the target's score, or a derivative of it that the objective needs, was not "
+                    f"finite at any of {info.num_nonfinite} particles. Check the model for overflow far from the "
+                    "posterior (float64 data often cures it), or lower the learning rate."
+                )
+        skipped, self._skipped = self._skipped, {}
+        for whose, is_skipped in skipped.items():
+            if is_skipped:
+                raise nonfinite_gradient(whose)
+        for info in infos:
+            self._report_nonfinite(info)
+        return infos
 
     @torch.no_grad()
     def evaluate(self) -> GuideLoss:
@@ -165,6 +195,13 @@ class Training:
         return self.objective.guide_loss(self.averaged.rsample(self.recipe.num_particles), self.num_steps)
 
     # --- pieces of a step ---------------------------------------------------------------------------
+
+    def _update(self, whose: str, stepper: Stepper, gradients: Sequence[Tensor | None], lr_factor: float) -> None:
+        """Move the guide or the critic along its gradients, unless they are not finite."""
+        clipped, skip = clip_gradients(gradients, self.recipe.clip_norm, whose)
+        stepper.step(clipped, lr_factor, skip)
+        if skip is not None:
+            self._skipped[whose] = torch.maximum(skip, self._skipped.get(whose, skip))
 
     def _guide_gradients(self) -> tuple[list[Tensor | None], Tensor, Tensor, Tensor]:
         """The guide's gradients, the Fisher divergence and how many particles were left out, over all ranks; this
@@ -200,13 +237,18 @@ class Training:
         if self.num_steps % _CHECK_EVERY == 0:  # a step by the usual way, which looks at the model again
             self.source.check_soon()
             return function()
-        return self._compiled(index)
+        try:
+            return self._compiled(index)
+        except RuntimeError as error:  # such as memory that CUDA graphs find no more of
+            self._compiled = None
+            warn(f"the compiled steps failed, and go on as they were: {first_line(error)}", CompileWarning)
+            return function()
 
     def _critic_step(self, lr_factor: float) -> Tensor:
         *own, loss, x = self._run(0, self._own_critic_gradients)
         *gradients, loss = self.ranks.pool([*own, loss], self._num_particles)
         if own:  # there are none in a critic in closed form
-            self._critic_stepper.step(clip_gradients(gradients, self.recipe.clip_norm, "critic"), lr_factor)
+            self._update("critic", self._critic_stepper, gradients, lr_factor)
         update_moments = getattr(self.critic, "update_moments", None)
         if update_moments is not None:
             update_moments(self.ranks.gather(x, self.recipe.num_particles))
@@ -229,9 +271,10 @@ class Training:
         if shared and not bool(finite.any()):  # the other ranks' particles decide
             gradients = [torch.zeros_like(param) for param in params]
         else:
-            if not bool(finite.all()):
-                # Masked in the sum, a NaN would still have a NaN gradient: evaluate without those particles.
-                log_density = self.target.log_density(x[finite])
+            if not is_at_hand(x) or not bool(finite.all()):
+                # Masked in the sum, a NaN would still have a NaN gradient: evaluate a finite one in its place.
+                x = torch.where(finite[:, None], x, x[finite.int().argmax(0, keepdim=True)])
+                log_density = torch.where(finite, self.target.log_density(x), 0.0)
             loss = -log_density.sum() / finite.sum().clamp(min=1)
             gradients = [None] * len(params)
             if loss.requires_grad:
@@ -246,7 +289,7 @@ class Training:
             if gradient is not None:
                 mean, size = self._model_drift.get(name, (torch.zeros_like(gradient), torch.zeros_like(gradient)))
                 self._model_drift[name] = mean.lerp(gradient, 0.01), size.lerp(gradient.abs(), 0.01)
-        stepper.step(gradients, lr_factor)
+        stepper.step(gradients, lr_factor, skip=None if is_at_hand(x) else (~finite.any()).float())
 
     def drifting_model_params(self) -> list[str]:
         """The model's parameters whose gradients all had one sign over the last hundred steps or so."""

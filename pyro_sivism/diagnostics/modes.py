@@ -332,7 +332,7 @@ def _log_masses(target: ScoredTarget, peaks: Sequence[_Maximum]) -> tuple[Tensor
     By importance sampling if its effective sample size is enough at every mode, by Laplace's method otherwise. A single
     mode needs no mass.
     """
-    laplace = torch.tensor([peak.log_mass for peak in peaks], dtype=torch.double)
+    laplace = torch.tensor([peak.log_mass for peak in peaks], dtype=torch.double, device=peaks[0].y.device)
     if len(peaks) < 2:
         return laplace, True
     masses = []

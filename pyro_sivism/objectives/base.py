@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.functional import mse_loss
 
+from pyro_sivism.devices import is_at_hand
 from pyro_sivism.errors import NonFiniteError
 from pyro_sivism.family import ScoreNetwork, SemiImplicit, SemiImplicitSample, TargetDensity
 from pyro_sivism.recipe import Recipe
@@ -115,14 +116,17 @@ def fisher_divergence(critic_value: Tensor, target_score: Tensor, conditional_sc
 def finite_rows(values: Tensor, what: str, advice: str) -> Tensor | None:
     """Which particles' rows of ``values (B, D)`` are finite, (B,); None where all are, which a step need not mask.
 
+    Where the values are not at hand, on an accelerator or in a recording, there is always a mask, and never an error:
+    a mean over no particles is NaN, and so is its gradient, which moves nothing.
+
     Raises:
         NonFiniteError: none is; it says ``what`` of the particles that is and gives the ``advice``.
     """
-    is_recorded = get_proxy_mode() is not None  # and has no values
-    if not is_recorded and math.isfinite(values.detach().sum().item()):
+    can_read = is_at_hand(values) and get_proxy_mode() is None
+    if can_read and math.isfinite(values.detach().sum().item()):
         return None
     finite = values.isfinite().all(-1)
-    if not is_recorded and not bool(finite.any()):
+    if can_read and not bool(finite.any()):
         raise NonFiniteError(f"{what} is not finite at any of {len(finite)} particles{advice}")
     return finite
 

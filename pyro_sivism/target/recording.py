@@ -12,6 +12,7 @@ and whatever shares memory with that tensor is computed from it when it is next 
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -28,7 +29,7 @@ __all__ = ["Recording", "TensorMeta", "is_recording", "own_detach", "record"]
 
 aten = torch.ops.aten
 
-# These take the values out of a tensor, behind the dispatcher's back.
+# These take the values out of a tensor, behind the dispatcher's back; the second ones out of those in a list.
 _READS = {
     Tensor.numpy,
     Tensor.tolist,
@@ -37,6 +38,7 @@ _READS = {
     Tensor.untyped_storage,
     Tensor.data_ptr,
 }
+_MAKES = {torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor}
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]  # a getter written in C
 _SAME_NUMBERS = {  # views of all of a tensor's numbers, in the same order
     aten.view.default,
@@ -234,6 +236,11 @@ class _Recorder(TorchDispatchMode):
         if torch.Tag.data_dependent_output in func.tags:
             self.check_known(func.name(), *tensors)
             return func(*args, **kwargs)
+        if torch.Tag.dynamic_output_shape in func.tags:
+            # Values decide how large the result is; those of an index by numbers do not.
+            is_mask = [tensor.dtype in (torch.bool, torch.uint8) for tensor in tensors]
+            deciding = tensors if func is not aten.index.Tensor else itertools.compress(tensors[1:], is_mask[1:])
+            self.check_known(f"the size of what {func.name()} returns", *deciding)
         is_known = torch.Tag.nondeterministic_seeded not in func.tags
         is_known = is_known and all(self._value(tensor).is_known for tensor in tensors)
         if torch.Tag.inplace_view in func.tags:
@@ -374,4 +381,9 @@ class _Reads(TorchFunctionMode):
             return args[0].detach()
         if func in _READS:
             self._recorder.check_known(f"{func.__name__}()", args[0])
+        if func in _MAKES:
+            _map_tensors([arg for arg in args if isinstance(arg, list | tuple)], self._check_made_of)
         return func(*args, **(kwargs or {}))
+
+    def _check_made_of(self, tensor: Tensor) -> None:
+        self._recorder.check_known("a tensor made of others", tensor)

@@ -631,6 +631,26 @@ def test_a_global_that_is_rebound_is_noticed_at_the_next_check(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "select",
+    [lambda y: y[y > 0], lambda y: y.unique(), lambda y: torch.tensor([v for v in y if v > 0])],
+    ids=["mask", "unique", "list"],
+)
+def test_how_many_data_are_selected_is_never_frozen(select):
+    """A count that stays as it was when the data change for the first time, and no more when they change again."""
+
+    def model(y):
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(a * len(select(y)), 1.0), obs=y)
+
+    y = torch.tensor([0.3, -1.2, 0.8, 2.0])
+    target = make_target(model, y)
+    for y in (y + 0.01, torch.tensor([1.0, 2.0, 3.0, 4.0]), -y):
+        assert target.rebind((y,))
+        assert_as_the_loop(target)
+
+
+@pytest.mark.parametrize(
     "change",
     [
         lambda target: setattr(target, "minibatch", {"data": torch.tensor([7, 4, 2])}),

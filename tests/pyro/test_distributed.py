@@ -167,7 +167,7 @@ def _gradients(ranks, objective, cut):
     randn, randn_like = torch.randn, torch.randn_like
     torch.randn, torch.randn_like = _given_noise(ranks, 7)
     try:
-        infos = [training.step() for _ in range(3)]
+        infos = training.read([training.step() for _ in range(3)])
     finally:
         torch.randn, torch.randn_like = randn, randn_like
     return [gradient.numpy() for gradient in (*log, critic.mean, critic.sd)], [tuple(info) for info in infos]

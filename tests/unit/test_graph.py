@@ -454,6 +454,12 @@ def test_a_detach_of_autograds_own_is_dropped():
         lambda x: x if x.sum() > 0 else -x,
         lambda x: x * x[0].item(),
         lambda x: x[: int(x[3])],
+        lambda x: x[x > 0].sum(),
+        lambda x: x * len(x.nonzero()),
+        lambda x: x * len(x.unique()),
+        lambda x: x.masked_select(x > 0).sum(),
+        lambda x: torch.tensor([x[0], 1.0]),
+        lambda x: x.new_tensor([[x[0]], [x[1]]]),
     ],
     ids=[
         "numpy",
@@ -467,6 +473,12 @@ def test_a_detach_of_autograds_own_is_dropped():
         "branch",
         "item",
         "size",
+        "mask",
+        "nonzero",
+        "unique",
+        "masked_select",
+        "list of tensors",
+        "list of lists",
     ],
 )
 @pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning")
