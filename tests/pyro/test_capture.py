@@ -645,8 +645,8 @@ def test_how_many_data_are_selected_is_never_frozen(select):
 
     y = torch.tensor([0.3, -1.2, 0.8, 2.0])
     target = make_target(model, y)
-    for y in (y + 0.01, torch.tensor([1.0, 2.0, 3.0, 4.0]), -y):
-        assert target.rebind((y,))
+    for other in (y + 0.01, torch.tensor([1.0, 2.0, 3.0, 4.0]), -y):
+        assert target.rebind((other,))
         assert_as_the_loop(target)
 
 
