@@ -168,7 +168,7 @@ def _repeated_rows(tensor: Tensor, twin: Tensor, size: int) -> Callable[[int], T
     num_rows = tensor.shape[dim] // size
     unit = tensor.narrow(dim, 0, num_rows)
     for d in range(tensor.dim()):
-        unit = unit.narrow(d, 0, 1) if expanded[d] else unit
+        unit = unit.narrow(d, 0, min(1, unit.shape[d])) if expanded[d] else unit  # a dim may be empty, too
     outermost_first = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
     back = sorted(range(tensor.dim()), key=outermost_first.__getitem__)
 

@@ -185,6 +185,17 @@ def lkj():
     return model, fixed(4, 3)
 
 
+@animal("corr_cholesky of two, whose transform has tensors without elements; correlated slopes")
+def lkj_of_two():
+    def model(y):
+        corr = pyro.sample("corr", dist.LKJCholesky(2, 2.0))
+        scale = pyro.sample("scale", dist.Exponential(1.0).expand([2]).to_event(1))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.MultivariateNormal(torch.zeros(2), scale_tril=scale.unsqueeze(-1) * corr), obs=y)
+
+    return model, fixed(5, 2)
+
+
 @animal("corr_matrix: LKJ", ONLY_VMAP)
 def correlation_matrix():
     def model(y):
