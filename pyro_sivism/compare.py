@@ -223,7 +223,7 @@ def compare_with_nuts(
             f"that are not finite; expected at least {_MIN_DRAWS}, all finite"
         )
     num_draws = reference.shape[0] * reference.shape[1]
-    sampled = own.draws(sivism.sample(num_draws))
+    sampled = own.draws(sivism.guide.layout.constrain(sivism.sample_unconstrained(num_draws)))
     draws = np.concatenate([as_numpy(sampled[site.name]).reshape(num_draws, -1) for site in sites], -1)
     seconds = sum(sivism._seconds.values())
     return _compare(

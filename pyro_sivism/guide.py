@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -13,12 +13,14 @@ from pyro import poutine
 from pyro.distributions import TorchDistribution
 from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import init_to_median
+from pyro.infer.reparam.reparam import Reparam
 from pyro.poutine import Trace
 from torch import Size, Tensor
 
 from pyro_sivism.errors import ArgumentError, ModelError, NotSetUpError
 from pyro_sivism.family import AffineMap, Conditional, DiagonalNormal, LogDensityEstimate, SemiImplicit
 from pyro_sivism.layout import LatentLayout
+from pyro_sivism.own_sites import OwnSites, auxiliary_names
 from pyro_sivism.posterior import SemiImplicitPosterior, Transformed
 from pyro_sivism.prototype import Prototype
 from pyro_sivism.recipe import Recipe
@@ -105,6 +107,9 @@ class SemiImplicitGuide(AutoContinuous):
         self._init_scale = 0.1 if init_scale is None else float(init_scale)
         self.num_mixing = num_mixing
         self._layout: LatentLayout | None = None
+        self._reparams: dict[str, Reparam] = {}
+        self._auxiliary: dict[str, list[str]] = {}
+        self._arguments: tuple[tuple, dict[str, Any]] | None = None
 
     # --- set-up -------------------------------------------------------------------------------------
 
@@ -124,7 +129,7 @@ class SemiImplicitGuide(AutoContinuous):
 
     @property
     def layout(self) -> LatentLayout:
-        """Where each latent site lives in the unconstrained vector.
+        """Where each latent site lives in the unconstrained vector; of a reparametrized one its auxiliary latents.
 
         Raises:
             NotSetUpError: before the first call.
@@ -166,9 +171,9 @@ class SemiImplicitGuide(AutoContinuous):
             ModelError: a latent site is missing on one side, or differs in shape.
         """
         own = self._require_model()
-        if model is own.model:
+        if model is own.own_model:
             return
-        other = LatentLayout.from_trace(Prototype.of(model, own.init_loc_fn).trace(*args, **kwargs))
+        other = LatentLayout.from_trace(Prototype.of(model, own.init_loc_fn, self._reparams).trace(*args, **kwargs))
         difference = self.layout.first_difference(other)
         if difference is not None:
             name, shape, other_shape = difference
@@ -177,6 +182,29 @@ class SemiImplicitGuide(AutoContinuous):
                 f"{_has_shape(shape)} in the guide's model and {_has_shape(other_shape)} in the model given here. Make "
                 "the guide by SemiImplicitGuide(model) of this very model, with all the handlers around it."
             )
+
+    def reparametrize(self, config: Mapping[str, Reparam]) -> None:
+        """Fit latents in other coordinates: those of ``poutine.reparam(model, config=config)``, whose auxiliary latents
+        :attr:`layout` has from the next set-up on. Calls of the guide, medians and quantiles are of the model's own
+        sites as before.
+        """
+        own = self._require_model()
+        self._reparams = dict(config)
+        self._model = Prototype.of(own.own_model, own.init_loc_fn, self._reparams)
+
+    @property
+    def init_loc_fn(self) -> Callable:
+        """Where the latents start."""
+        return self._require_model().init_loc_fn
+
+    @property
+    def reparams(self) -> dict[str, Reparam]:
+        """What :meth:`reparametrize` was called with."""
+        return self._reparams
+
+    def reparametrized(self, model: Callable) -> Callable:
+        """``model`` in the coordinates that the guide is fitted in: itself, unless :meth:`reparametrize` was called."""
+        return poutine.reparam(model, config=self._reparams) if self._reparams else model
 
     def setup_from_trace(self, trace: Trace, recipe: Recipe | None = None) -> None:
         """As :meth:`setup`, from a trace of the model made by :meth:`trace_model`, with a recipe's defaults."""
@@ -192,6 +220,7 @@ class SemiImplicitGuide(AutoContinuous):
         if self.master is not None:
             self.master()._check_prototype(self.prototype_trace)
         self._layout = layout
+        self._auxiliary = auxiliary_names(trace) if self._reparams else {}
         self.latent_dim = layout.dim
         self.register_buffer("loc", layout.init_from_trace(trace))
         self.register_buffer("_fitted", torch.tensor(False))
@@ -267,6 +296,7 @@ class SemiImplicitGuide(AutoContinuous):
         """Draw every latent site, inside the model's plates: a dict of site name to value."""
         self.setup(*args, **kwargs)
         self._claim_parameter_names()
+        auxiliary = {name for names in self._auxiliary.values() for name in names}
         latent = self.sample_latent(*args, **kwargs)
         plates = self._create_plates(*args, **kwargs)
         masked = poutine.get_mask() is False
@@ -283,7 +313,36 @@ class SemiImplicitGuide(AutoContinuous):
                 if isinstance(log_density, Tensor):
                     log_density = pyro.subsample(log_density, event_dim=0)
                 delta = Transformed(value, log_density=log_density, event_dim=site.event_dim)
-                result[site.name] = pyro.sample(site.name, delta)
+                infer = {"is_auxiliary": True} if site.name in auxiliary else {}
+                result[site.name] = pyro.sample(site.name, delta, infer=infer)
+        if not self._auxiliary:
+            return result
+        own = self._draw_own_sites(result, plates, args, kwargs)
+        return {**{name: value for name, value in result.items() if name not in auxiliary}, **own}
+
+    def _draw_own_sites(
+        self, latents: Mapping[str, Tensor], plates: Mapping[str, Any], args: tuple, kwargs: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        """The sites that are computed from auxiliary latents, drawn there."""
+        prototype = self._require_model()
+        with poutine.block(), pyro.validation_enabled(False):
+            fitted = poutine.trace(poutine.condition(prototype.model, data=latents)).get_trace(*args, **kwargs)
+            values = {name: fitted.nodes[name]["value"] for name in self._auxiliary}
+            given = {name: value for name, value in latents.items() if name in self.layout} | values
+            own = poutine.trace(poutine.condition(prototype.own_model, data=given)).get_trace(*args, **kwargs)
+        result = {}
+        for name, value in values.items():
+            fn, log_density = own.nodes[name]["fn"], 0.0
+            if poutine.get_mask() is not False:
+                # What both densities differ by is that of the change of variables.
+                bases = [fitted.nodes[auxiliary] for auxiliary in self._auxiliary[name]]
+                log_density = fn.log_prob(value) - sum(node["fn"].log_prob(node["value"]) for node in bases)
+            with ExitStack() as stack:
+                for frame in own.nodes[name]["cond_indep_stack"]:
+                    if frame.name in plates:
+                        stack.enter_context(plates[frame.name])
+                delta = Transformed(value, log_density=log_density, event_dim=fn.event_dim)
+                result[name] = pyro.sample(name, delta)
         return result
 
     @torch.no_grad()
@@ -293,7 +352,8 @@ class SemiImplicitGuide(AutoContinuous):
         From a fixed set of draws: the same value at every call, and no change to the random state.
         """
         x = self._reference_draws()
-        return self.layout.constrain(x.median(0).values)
+        own = {name: draws.median(0).values for name, draws in self._computed_draws(x, args, kwargs).items()}
+        return self._with_own(self.layout.constrain(x.median(0).values), own)
 
     @torch.no_grad()
     def quantiles(self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -303,7 +363,46 @@ class SemiImplicitGuide(AutoContinuous):
         """
         x = self._reference_draws()
         probabilities = torch.as_tensor(quantiles, dtype=x.dtype, device=x.device)
-        return self.layout.constrain(torch.quantile(x, probabilities, dim=0))
+        draws = self._computed_draws(x, args, kwargs)
+        own = {name: torch.quantile(values, probabilities, dim=0) for name, values in draws.items()}
+        return self._with_own(self.layout.constrain(torch.quantile(x, probabilities, dim=0)), own)
+
+    @torch.no_grad()
+    def constrain(self, x: Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Unconstrained draws ``x (S, D)`` -> the values of the model's own latent sites, ``(S, *site shape)``.
+
+        Args:
+            args, kwargs: the model's arguments, those of the fit if none; they matter where a site is reparametrized.
+
+        Raises:
+            NotSetUpError: a site is reparametrized, and the arguments are not known, as in a guide read from a file.
+        """
+        return self._with_own(self.layout.constrain(x), self._computed_draws(x, args, kwargs))
+
+    def remember_arguments(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """The model's arguments, with which reparametrized sites are computed where none are given."""
+        self._arguments = args, kwargs
+
+    def _computed_draws(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> dict[str, Tensor]:
+        """Draws of the reparametrized sites."""
+        if not self._auxiliary:
+            return {}
+        if not args and not kwargs:
+            if self._arguments is None:
+                raise NotSetUpError(
+                    f"the sites {sorted(self._auxiliary)} were fitted in other coordinates, and are computed by the "
+                    "model from its arguments, which this guide does not know. Pass them, or call "
+                    "sivism.setup(*args, **kwargs) first."
+                )
+            args, kwargs = self._arguments
+        own = OwnSites(self._require_model().model, self.layout, self.trace_model(*args, **kwargs), args, kwargs)
+        draws = own.draws(self.layout.constrain(x))
+        return {name: draws[name].to(x.device) for name in self._auxiliary}
+
+    def _with_own(self, values: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The model's own sites: values of latents, but for the auxiliary ones, and of those that are computed."""
+        auxiliary = {name for names in self._auxiliary.values() for name in names}
+        return {**{name: value for name, value in values.items() if name not in auxiliary}, **own}
 
     def _reference_draws(self, num_draws: int = 4000) -> Tensor:
         self._require_set_up()
@@ -354,6 +453,7 @@ class SemiImplicitGuide(AutoContinuous):
             # Neither is needed any more, and either may be impossible to pickle: the prototype's distributions hold
             # the model's parameters, with the param store's weak references, and a factory may be a lambda.
             state["prototype_trace"] = state["_conditional_factory"] = None
+        state["_arguments"] = None  # data do not belong into a guide's file
         return state
 
     def __deepcopy__(self, memo: dict) -> SemiImplicitGuide:
@@ -365,7 +465,7 @@ class SemiImplicitGuide(AutoContinuous):
 
     def attach_model(self, model: Callable, init_loc_fn: Callable = init_to_median) -> None:
         """Give a guide that was unpickled its model back."""
-        self._model = Prototype.of(model, init_loc_fn)
+        self._model = Prototype.of(model, init_loc_fn, self._reparams)
 
 
 def _latent_trace(trace: Trace, layout: LatentLayout) -> Trace:

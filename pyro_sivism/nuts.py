@@ -88,12 +88,16 @@ def nuts_from(sivism: SIVISM, *args: Any, full_mass: bool | list | None = None, 
             "sivism.sample_unconstrained."
         )
     args, kwargs = require_fit(sivism, args, kwargs)
-    layout = sivism.guide.layout
+    guide, dim = sivism.guide, sivism.guide.layout.dim
     if full_mass is None:
-        full_mass = layout.dim <= _MAX_DENSE_DIM
-    draws = sivism.sample_unconstrained(max(_NUM_DRAWS, _DRAWS_PER_DIM * layout.dim) if full_mass else _NUM_DRAWS)
+        full_mass = dim <= _MAX_DENSE_DIM
+    draws = sivism.sample_unconstrained(max(_NUM_DRAWS, _DRAWS_PER_DIM * dim) if full_mass else _NUM_DRAWS)
+    if guide.reparams:  # the chain is to draw the model's own sites
+        fitted, guide = guide, SemiImplicitGuide(sivism.own_model, init_loc_fn=guide.init_loc_fn)
+        guide.setup(*args, **kwargs)
+        draws = guide.layout.pack(fitted.constrain(draws, *args, **kwargs))
     options.setdefault("adapt_mass_matrix", False)
-    return FittedNUTS(sivism.model, sivism.guide, draws, args, kwargs, full_mass=full_mass, **options)
+    return FittedNUTS(sivism.own_model, guide, draws, args, kwargs, full_mass=full_mass, **options)
 
 
 _NUTS_OPTIONS = (

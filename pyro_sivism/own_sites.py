@@ -16,7 +16,7 @@ from pyro_sivism.layout import LatentLayout
 from pyro_sivism.sites import Site, is_reparametrized
 from pyro_sivism.target.replay import Replay
 
-__all__ = ["OwnSites", "own_sites_first"]
+__all__ = ["OwnSites", "auxiliary_names", "own_sites_first"]
 
 
 class OwnSites:
@@ -67,10 +67,21 @@ class OwnSites:
 
     def draws(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The own sites' draws, from those of all the latents, ``(S, *site shape)`` each."""
-        values = dict(latents)
+        values = {name: latents[name] for name in self.layout.names}  # one that is missing would be drawn anew
         if self._replay is not None:
             values |= self._replay.evaluate(latents).deterministic
         return {site.name: values[site.name] for site in self.sites}
+
+
+def auxiliary_names(trace: Trace) -> dict[str, list[str]]:
+    """Reparametrized site -> the auxiliary latents that it is computed from, of the model's own sites."""
+    reparametrized = _reparametrized(trace)
+    latents = [name for name in trace.stochastic_nodes if name not in reparametrized]
+    return {
+        own: [name for name in latents if _is_auxiliary(name, [own])]
+        for own in reparametrized
+        if not _is_auxiliary(own, reparametrized)
+    }
 
 
 def own_sites_first(values: Mapping[str, Tensor], trace: Trace) -> dict[str, Tensor]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger
+from pyro.infer.reparam.reparam import Reparam
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
@@ -55,17 +56,21 @@ class Prototype(NamedTuple):
 
     Attributes:
         prepared: the model with its supports checked and its latents at their initial values.
-        model: the model as it was given.
+        model: the model as it is fitted: as it was given, or reparametrized.
+        own_model: the model as it was given.
         init_loc_fn: where its latents start.
     """
 
     prepared: Callable
     model: Callable
+    own_model: Callable
     init_loc_fn: Callable
 
     @classmethod
-    def of(cls, model: Callable, init_loc_fn: Callable) -> Prototype:
-        return cls(_Initialize(init_loc_fn)(_CheckSupports()(model)), model, init_loc_fn)
+    def of(cls, model: Callable, init_loc_fn: Callable, config: Mapping[str, Reparam] | None = None) -> Prototype:
+        """Of a model, under ``poutine.reparam`` with this ``config`` if there is any."""
+        fitted = poutine.reparam(model, config=dict(config)) if config else model
+        return cls(_Initialize(init_loc_fn)(_CheckSupports()(fitted)), fitted, model, init_loc_fn)
 
     def trace(self, *args: Any, **kwargs: Any) -> Trace:
         """A run of the prepared model that nothing outside it sees."""

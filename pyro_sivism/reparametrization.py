@@ -45,7 +45,7 @@ from pyro_sivism.target.arguments import Arguments
 from pyro_sivism.target.paths import direction
 from pyro_sivism.target.runs import ModelRuns
 
-__all__ = ["CenteredSite", "MultivariateNormalReparam", "centered_sites", "decenter", "suggestion"]
+__all__ = ["CenteredSite", "MultivariateNormalReparam", "centered_sites", "decenter", "decentering", "suggestion"]
 
 _MIN_SLOPE = 1e-4  # of log scale by an unconstrained coordinate; rounding of tau / tau, float32, gives about 1e-7
 _MAX_NAMES = 3
@@ -100,8 +100,13 @@ def decenter(model: Callable, *args: Any, **kwargs: Any) -> Callable:
         >>> [name for name in trace.stochastic_nodes if name != "school"]
         ['tau', 'theta_decentered']
     """
-    config = {name: reparam for site in centered_sites(model, *args, **kwargs) for name, reparam in site.config.items()}
+    config = decentering(model, *args, **kwargs)
     return poutine.reparam(model, config=config) if config else model
+
+
+def decentering(model: Callable, *args: Any, **kwargs: Any) -> dict[str, Reparam]:
+    """What :func:`decenter` gives ``poutine.reparam``: empty where there is nothing to decenter."""
+    return {name: reparam for site in centered_sites(model, *args, **kwargs) for name, reparam in site.config.items()}
 
 
 def centered_sites(model: Callable, *args: Any, **kwargs: Any) -> tuple[CenteredSite, ...]:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
+from pyro.poutine import Trace
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -37,7 +38,7 @@ from pyro_sivism.layout import LatentLayout
 from pyro_sivism.objectives import Objective, PathGradientKL
 from pyro_sivism.optimizers import OptimizerLike, check_optimizer
 from pyro_sivism.recipe import Recipe
-from pyro_sivism.reparametrization import suggestion
+from pyro_sivism.reparametrization import decentering, suggestion
 from pyro_sivism.results import FitResult, History, StepInfo, StepReport
 from pyro_sivism.stopping import Evidence, StoppingRule
 from pyro_sivism.target import Target
@@ -53,6 +54,8 @@ Callback = Callable[["SIVISM", StepInfo], "bool | None"]
 T = TypeVar("T")
 
 _MIN_STEPS_TO_JUDGE = 100
+# A discrepancy of the scores at a few hundred draws of the Gaussian, which is hardly smaller for the right one.
+_NEARLY_GAUSSIAN = 0.1
 _STEPS_BEFORE_COMPILING = 50  # until then the score's graph is recorded, and the time of a step known
 _COMPILED_SAVING = 0.3  # of a step's time; measured .3 to .5
 _COMPILE_SECONDS = 90.0  # cold, on one core; half of it is usual
@@ -93,6 +96,9 @@ class SIVISM:
             in each step. Where it cannot be done or would not be right the model is run; ``target.path`` says so.
         compile: compile the steps by ``torch.compile``, which takes a minute or more and needs a C++ compiler. If None
             where a ``run`` has so many steps left that this is repaid, which takes tens of thousands.
+        decenter: fit latents whose scale depends on other latents at a fixed scale, as :func:`~pyro_sivism.decenter`
+            does, where the Gaussian that q starts from has the higher ELBO in these coordinates. What is drawn and
+            reported are the model's own sites. If False never.
         ranks: the processes that share the fit, see :mod:`pyro_sivism.distributed`; those that ``torchrun`` started or
             ``torch.distributed`` knows if None.
 
@@ -128,6 +134,7 @@ class SIVISM:
         critic_steps: int | None = None,
         capture: bool = True,
         compile: bool | None = None,
+        decenter: bool = True,
         ranks: Ranks | None = None,
     ) -> None:
         if not callable(model):
@@ -151,11 +158,11 @@ class SIVISM:
             raise ArgumentError(f"ranks is a {type(ranks).__name__}; expected None, Ranks.find() or Ranks.alone()")
         check_optimizer(optim, "optim")
         check_optimizer(critic_optim, "critic_optim")
-        self.model, self.guide, self.optim, self.critic_optim = model, guide, optim, critic_optim
+        self.own_model, self.guide, self.optim, self.critic_optim = model, guide, optim, critic_optim
         self.loss = PathGradientKL() if loss is None else loss.unbound()  # another fit may share the object
         self.preconditioner = BatchAndMatch() if preconditioner is None else preconditioner
         self._critic, self._num_particles, self._critic_steps = critic, num_particles, critic_steps
-        self._capture, self._compile = bool(capture), compile
+        self._capture, self._compile, self._decenter = bool(capture), compile, bool(decenter)
         self._ranks, self._last_save = ranks, ""
         self._training: Training | None = None
         self._target: Target | None = None
@@ -166,6 +173,11 @@ class SIVISM:
         self._saved: dict[str, Any] | None = None
 
     # --- set-up -------------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> Callable:
+        """The model that is fitted: as it was given, or decentered."""
+        return self.guide.reparametrized(self.own_model)
 
     @property
     def target(self) -> Target:
@@ -217,6 +229,7 @@ class SIVISM:
         """Point everything at these arguments, setting up or checking what is new."""
         training = self._training
         if training is not None and self._target is not None and self._target.rebind(args, kwargs):
+            self.guide.remember_arguments(tuple(args), kwargs)
             if self._anchored is not None and not self._anchored.is_current:
                 self._anchored = None  # the user has minibatches, or other data, too
                 self._connect(training)
@@ -233,6 +246,7 @@ class SIVISM:
         else:
             self._point_target(args, kwargs)
             self._anchored = None
+        self.guide.remember_arguments(tuple(args), kwargs)
         self._connect(training)
         self._training = training
         return training
@@ -240,13 +254,14 @@ class SIVISM:
     def _point_target(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """Make the target of these arguments and, at first, the guide's family and its Gaussian."""
         started = time.perf_counter()
+        is_new = not self.guide.is_set_up
         trace = self.guide.trace_model(*args, **kwargs)
         if self.guide.is_fitted:
             self.guide.layout.check_same(LatentLayout.from_trace(trace))
         else:
-            self.guide.setup_from_trace(trace, self._recipe(LatentLayout.from_trace(trace).dim))
+            self._set_guide_up(trace)
         if self._target is None:
-            self.guide.check_model(self.model, *args, **kwargs)
+            self.guide.check_model(self.own_model, *args, **kwargs)
             paths = PATHS if self._capture else [path for path in PATHS if not path.startswith("captured")]
             self._target = Target(self.model, self.guide.layout, trace, args, kwargs, paths=paths)
         else:
@@ -260,6 +275,56 @@ class SIVISM:
         self._seconds.setdefault("setup", time.perf_counter() - started)
         if not self.guide.is_fitted:
             self._fit_gaussian(self.guide.layout.init_from_trace(trace))
+            if is_new and self._decenter:
+                self._decenter_if_better(args, kwargs)
+            self._warn_unresolved()
+
+    def _set_guide_up(self, trace: Trace) -> None:
+        self.guide.setup_from_trace(trace, self._recipe(LatentLayout.from_trace(trace).dim))
+
+    def _decenter_if_better(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """Go over to decentered coordinates if the Gaussian is not the posterior, and has the higher ELBO there.
+
+        The latents of both are functions of each other, so that their ELBOs bound the same evidence.
+        """
+        fit = self._require_gaussian_fit()
+        if not fit.discrepancy > _NEARLY_GAUSSIAN or self.target.is_subsampled or self.target.params():
+            return
+        with self._timed("preconditioner"):
+            other = self._decentered(args, kwargs)
+        if other is None:
+            return
+        self.target.num_evaluations += other.target.num_evaluations
+        gain = torch.tensor(other._require_gaussian_fit().elbo - fit.elbo)
+        self.ranks.broadcast_([gain])
+        if gain > 0:
+            other.target.num_evaluations = self.target.num_evaluations
+            self._target, self._gaussian_fit = other._target, other._gaussian_fit
+            self.guide.reparametrize(other.guide.reparams)
+            self._set_guide_up(self.guide.trace_model(*args, **kwargs))
+            self.guide.affine = other.guide.affine
+            self.guide.is_fitted = True
+
+    def _decentered(self, args: Sequence[Any], kwargs: dict[str, Any]) -> SIVISM | None:
+        """A fit of a Gaussian to the decentered model, None if there is nothing to decenter or it cannot be fitted."""
+        try:
+            config = decentering(self.own_model, *args, **kwargs)
+            if not config:
+                return None
+            guide = SemiImplicitGuide(self.own_model, init_loc_fn=self.guide.init_loc_fn)
+            guide.reparametrize(config)
+            other = SIVISM(
+                self.own_model,
+                guide,
+                preconditioner=self.preconditioner,
+                capture=self._capture,
+                decenter=False,
+                ranks=self.ranks,
+            )
+            other._point_target(args, kwargs)
+        except SivismError:  # the model can be fitted as it is
+            return None
+        return other
 
     def _recipe(self, dim: int) -> Recipe:
         recipe = self.loss.adapt_recipe(Recipe.for_dim(dim))
@@ -274,15 +339,22 @@ class SIVISM:
         self._gaussian_fit = self.preconditioner.fit(self.target.over_minibatches(), find_starts(self.target, init))
         self.guide.affine = self._gaussian_fit.affine
         self.guide.is_fitted = True
-        if self._gaussian_fit.unresolved and self.ranks.is_first:
-            names = self.guide.layout.coordinate_names
-            coarse = ", ".join(names[i] for i in self._gaussian_fit.unresolved[:5])
+        self._seconds["preconditioner"] = time.perf_counter() - started
+
+    def _require_gaussian_fit(self) -> GaussianFit:
+        assert self._gaussian_fit is not None
+        return self._gaussian_fit
+
+    def _warn_unresolved(self) -> None:
+        """Say so where the dtype is too coarse for the posterior."""
+        unresolved, layout = self._require_gaussian_fit().unresolved, self.guide.layout
+        if unresolved and self.ranks.is_first:
+            coarse = ", ".join(layout.coordinate_names[i] for i in unresolved[:5])
             warn(
-                f"the posterior sd of {coarse} is below 100 rounding units of its mean in {init.dtype}, so that scores "
-                "and draws are coarse there. Center or rescale the data, or use float64.",
+                f"the posterior sd of {coarse} is below 100 rounding units of its mean in {layout.dtype}, so that "
+                "scores and draws are coarse there. Center or rescale the data, or use float64.",
                 FitWarning,
             )
-        self._seconds["preconditioner"] = time.perf_counter() - started
 
     def _make_training(self) -> Training:
         """A live copy of the guide's family, a critic and their optimizers; restored from a file if there is one."""
@@ -555,12 +627,14 @@ class SIVISM:
         Sites inside a subsampling plate come at the plate's full size.
 
         Raises:
-            NotSetUpError: before set-up.
+            NotSetUpError: before set-up; also in a fit read from a file, if sites are decentered, which the model
+                computes from its arguments.
         """
-        return self.guide.layout.constrain(self.sample_unconstrained(num_samples))
+        return self.guide.constrain(self.sample_unconstrained(num_samples))
 
     def sample_unconstrained(self, num_samples: int, batch_size: int = 10_000) -> Tensor:
-        """Draws of the unconstrained vector, ``(num_samples, D)``, made in batches of ``batch_size``."""
+        """Draws of the unconstrained vector that ``guide.layout`` describes, ``(num_samples, D)``, made in batches of
+        ``batch_size``."""
         if num_samples < 1:
             raise ArgumentError(f"expected num_samples of at least 1, got {num_samples}")
         sizes = [min(batch_size, num_samples - i) for i in range(0, num_samples, batch_size)]
