@@ -85,9 +85,13 @@ def agree(got: Tensor | None, want: Tensor | None, slack: Tensor | float = 0.0) 
     if not want.is_floating_point():
         return torch.equal(got, want)
     scale = want[want.isfinite()].abs().max().item() if want.isfinite().any() else 0.0
-    tolerance = 50 * torch.finfo(want.dtype).eps ** 0.75
-    allowed = tolerance * (1.0 + scale + want.abs().nan_to_num(posinf=0.0)) + slack
+    allowed = tolerance(want.dtype) * (1.0 + scale + want.abs().nan_to_num(posinf=0.0)) + slack
     return bool(((got - want).abs() <= allowed).logical_or(got == want).logical_or(got.isnan() & want.isnan()).all())
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """What two right ways to compute a sum may be apart, relative to its terms: 3e-4 in float32, 9e-11 in float64."""
+    return 50 * torch.finfo(dtype).eps ** 0.75
 
 
 def nudged(points: Tensor) -> Iterator[Tensor]:

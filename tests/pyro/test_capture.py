@@ -630,6 +630,32 @@ def test_a_global_that_is_rebound_is_noticed_at_the_next_check(monkeypatch):
     assert_as_the_loop(target)
 
 
+@pytest.mark.parametrize(("error", "is_fault"), [(1e-12, False), (1e-6, True)])
+def test_a_replay_is_compared_by_the_size_of_typical_scores(monkeypatch, error, is_fault):
+    """At one draw a sum may be zero whose terms, and their roundings, are not."""
+    target = make_target(reads_a_global, 1e3 * Y)
+    x = points(target)
+    log_density, score = target.log_density_and_score(x)
+    score = torch.cat([torch.zeros_like(score[:1]), score[1:]])
+    model_s = {"log density": log_density[0], "score": error * score[1:].abs().median(0).values}
+    monkeypatch.setattr(replays.Replays, "_model_at", lambda *_: model_s)
+    fault = target._binding.replays._compare(x, log_density, score, row=0)
+    assert (fault is not None) == is_fault
+
+
+@pytest.mark.parametrize(("got", "want", "is_fault"), [(torch.inf, torch.nan, False), (torch.inf, 1.0, True)])
+def test_a_draw_that_does_not_count_for_the_model_either_is_no_fault(monkeypatch, got, want, is_fault):
+    """Beyond the range of a dtype one way to compute a score may overflow earlier than another."""
+    target = make_target(reads_a_global, Y)
+    x = points(target)
+    log_density, score = target.log_density_and_score(x)
+    score[0] = got
+    model_s = {"log density": log_density[0], "score": torch.full_like(score[0], want)}
+    monkeypatch.setattr(replays.Replays, "_model_at", lambda *_: model_s)
+    fault = target._binding.replays._compare(x, log_density, score, row=0)
+    assert (fault is not None) == is_fault
+
+
 @pytest.mark.parametrize(
     "select",
     [lambda y: y[y > 0], lambda y: y.unique(), lambda y: torch.tensor([v for v in y if v > 0])],
