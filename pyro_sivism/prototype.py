@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
-from pyro.infer.autoguide.initialization import InitMessenger
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_feasible, init_to_median
 from pyro.infer.reparam.reparam import Reparam
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 
 from pyro_sivism.bijections import bijection
+from pyro_sivism.errors import ModelError
 from pyro_sivism.sites import check_support, is_enumerable
 from pyro_sivism.target.sampling import without_sampler_warnings
 
@@ -70,9 +71,25 @@ class Prototype(NamedTuple):
     def of(cls, model: Callable, init_loc_fn: Callable, config: Mapping[str, Reparam] | None = None) -> Prototype:
         """Of a model, under ``poutine.reparam`` with this ``config`` if there is any."""
         fitted = poutine.reparam(model, config=dict(config)) if config else model
-        return cls(_Initialize(init_loc_fn)(_CheckSupports()(fitted)), fitted, model, init_loc_fn)
+        return cls(_prepare(fitted, init_loc_fn), fitted, model, init_loc_fn)
 
     def trace(self, *args: Any, **kwargs: Any) -> Trace:
         """A run of the prepared model that nothing outside it sees."""
         with without_sampler_warnings():
-            return poutine.block(poutine.trace(self.prepared).get_trace)(*args, **kwargs)
+            try:
+                return _trace(self.prepared, args, kwargs)
+            except ValueError as error:
+                if self.init_loc_fn is not init_to_median or isinstance(error, ModelError):
+                    raise
+                try:  # the median of draws from a wide prior may be where the model overflows
+                    return _trace(_prepare(self.model, init_to_feasible), args, kwargs)
+                except ValueError:
+                    raise error from None
+
+
+def _prepare(model: Callable, init_loc_fn: Callable) -> Callable:
+    return _Initialize(init_loc_fn)(_CheckSupports()(model))
+
+
+def _trace(model: Callable, args: tuple, kwargs: dict[str, Any]) -> Trace:
+    return poutine.block(poutine.trace(model).get_trace)(*args, **kwargs)

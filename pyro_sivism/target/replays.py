@@ -134,29 +134,18 @@ class Replays:
         if want is None:
             return None
         got = {"log density": log_density, "score": score}
-        # A sum may be small at one draw where its terms are not: its roundings are those of typical sums.
-        typical = {
-            name: values.detach().abs().nanmedian(0).values for name, values in got.items() if values is not None
-        }
+        slacks = {name: _roundings(values.detach()) for name, values in got.items() if values is not None}
         if score is not None and score.requires_grad:
             along = score[row] @ direction(point)
             (got["score's derivative"],) = torch.autograd.grad(along, x, retain_graph=True, materialize_grads=True)
         found = {name: values[row].detach() for name, values in got.items() if values is not None}
-        slacks = {name: tolerance(values.dtype) * values.nan_to_num(posinf=0.0) for name, values in typical.items()}
-        suspects = [
-            name for name, values in found.items() if not self._agrees(values, want[name], slacks.get(name, 0.0))
-        ]
+        suspects = [name for name, values in found.items() if not _agree(values, want[name], slacks.get(name, 0.0))]
         at_nudged = [self._model_at(near, differentiable) for near in nudged(point)] if suspects else []
         for name in suspects:
             slack = rounding_slack(want[name], [values[name] for values in at_nudged if values is not None])
             if not agree(found[name], want[name], slack + slacks.get(name, 0.0)):
                 return f"the {name} at one draw is {_number(found[name])}, the model's {_number(want[name])}"
         return None
-
-    @staticmethod
-    def _agrees(found: Tensor, want: Tensor, slack: Tensor | float) -> bool:
-        """Whether they agree, or are both of a draw that does not count, as overflow may come earlier in one of them."""
-        return agree(found, want, slack) or not (found.isfinite().all() or want.isfinite().all())
 
     def _model_at(self, point: Tensor, differentiable: bool) -> dict[str, Tensor] | None:
         """What a run of the model gives at a point; None where it fails there as it may at single points."""
@@ -166,6 +155,16 @@ class Replays:
             raise
         except PARTICLE_ERRORS:
             return None
+
+
+def _agree(found: Tensor, want: Tensor, slack: Tensor | float) -> bool:
+    """Whether they agree, or are of a draw that does not count either way: overflow may come earlier on one."""
+    return agree(found, want, slack) or not (found.isfinite().all() or want.isfinite().all())
+
+
+def _roundings(values: Tensor) -> Tensor:
+    """Of sums at a batch of draws: one may be small at one draw where its terms, and their roundings, are not."""
+    return tolerance(values.dtype) * values.abs().nanmedian(0).values.nan_to_num(posinf=0.0)
 
 
 def _number(value: Tensor) -> str:

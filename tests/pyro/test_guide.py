@@ -451,6 +451,25 @@ def test_every_initial_value(init_loc_fn):
         assert start["loc"] == 2.5
 
 
+def overflowing():
+    """exp(beta) is finite near 0 and infinite at most draws from beta's prior."""
+    beta = pyro.sample("beta", dist.Normal(0.0, 1e4))
+    pyro.factor("likelihood", -beta.abs().exp())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_median_at_which_the_model_overflows_is_no_start(seed):
+    pyro.set_rng_seed(seed)
+    trace = SemiImplicitGuide(overflowing).trace_model()
+    assert trace.nodes["beta"]["value"].abs() < 80.0
+
+
+def test_the_users_initial_values_are_the_users():
+    guide = SemiImplicitGuide(overflowing, init_loc_fn=initialization.init_to_value(values={"beta": torch.tensor(1e3)}))
+    with pytest.raises(ValueError, match="log_factor"):
+        guide.trace_model()
+
+
 def test_init_scale_is_the_first_unconstrained_sd():
     guide = SemiImplicitGuide(structured_model, init_scale=0.3).setup()
     sd = guide.sample_unconstrained(4000).std(0)
