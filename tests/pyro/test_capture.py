@@ -643,7 +643,10 @@ def test_a_replay_is_compared_by_the_size_of_typical_scores(monkeypatch, error, 
     assert (fault is not None) == is_fault
 
 
-@pytest.mark.parametrize(("got", "want", "is_fault"), [(torch.inf, torch.nan, False), (torch.inf, 1.0, True)])
+@pytest.mark.parametrize(
+    ("got", "want", "is_fault"),
+    [(torch.inf, torch.nan, False), (1e200, -torch.inf, False), (torch.inf, 1e6, True), (1e200, 1e190, True)],
+)
 def test_a_draw_that_does_not_count_for_the_model_either_is_no_fault(monkeypatch, got, want, is_fault):
     """Beyond the range of a dtype one way to compute a score may overflow earlier than another."""
     target = make_target(reads_a_global, Y)

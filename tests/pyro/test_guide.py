@@ -452,9 +452,9 @@ def test_every_initial_value(init_loc_fn):
 
 
 def overflowing():
-    """exp(beta) is finite near 0 and infinite at most draws from beta's prior."""
+    """A difference that is finite near 0, and infinity less infinity at most draws from the prior."""
     beta = pyro.sample("beta", dist.Normal(0.0, 1e4))
-    pyro.factor("likelihood", -beta.abs().exp())
+    pyro.factor("likelihood", beta.abs().exp() - beta.abs().mul(2.0).exp())
 
 
 @pytest.mark.parametrize("seed", range(5))
