@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -45,9 +45,18 @@ from pyro_sivism.target.arguments import Arguments
 from pyro_sivism.target.paths import direction
 from pyro_sivism.target.runs import ModelRuns
 
-__all__ = ["CenteredSite", "MultivariateNormalReparam", "centered_sites", "decenter", "decentering", "suggestion"]
+__all__ = [
+    "CenteredSite",
+    "MultivariateNormalReparam",
+    "centered_sites",
+    "decenter",
+    "decentering",
+    "loose_sites",
+    "suggestion",
+]
 
 _MIN_SLOPE = 1e-4  # of log scale by an unconstrained coordinate; rounding of tau / tau, float32, gives about 1e-7
+_LOOSE_VARIANCE = 0.5  # of a decentered value, whose prior has 1
 _MAX_NAMES = 3
 
 
@@ -100,13 +109,43 @@ def decenter(model: Callable, *args: Any, **kwargs: Any) -> Callable:
         >>> [name for name in trace.stochastic_nodes if name != "school"]
         ['tau', 'theta_decentered']
     """
-    config = decentering(model, *args, **kwargs)
+    config = decentering(centered_sites(model, *args, **kwargs))
     return poutine.reparam(model, config=config) if config else model
 
 
-def decentering(model: Callable, *args: Any, **kwargs: Any) -> dict[str, Reparam]:
-    """What :func:`decenter` gives ``poutine.reparam``: empty where there is nothing to decenter."""
-    return {name: reparam for site in centered_sites(model, *args, **kwargs) for name, reparam in site.config.items()}
+def decentering(sites: Iterable[CenteredSite]) -> dict[str, Reparam]:
+    """What to give ``poutine.reparam`` to decenter these sites."""
+    return {name: reparam for site in sites for name, reparam in site.config.items()}
+
+
+def loose_sites(
+    model: Callable,
+    sites: Sequence[CenteredSite],
+    draws: Mapping[str, Tensor],
+    args: Sequence = (),
+    kwargs: Mapping[str, Any] | None = None,
+) -> tuple[CenteredSite, ...]:
+    """The centered sites about which the data say little: those whose decentered values vary nearly as much in the
+    posterior as in the prior, with sd 1.
+
+    If theta ~ N(mu, tau^2) is observed with error e, ``(theta - mu) / tau`` has posterior variance
+    ``1 / (1 + tau^2 / e^2)``, and the decentered coordinates are the better ones where that exceeds 1/2
+    (Papaspiliopoulos, Roberts and Sköld, 2007).
+
+    Args:
+        sites: of :func:`centered_sites`.
+        draws: of the posterior, or near it: latent site -> (S, *site shape).
+    """
+    config, spreads = decentering(sites), dict[str, list[Tensor]]()
+    with _leaving_no_trace(), torch.no_grad(), pyro.validation_enabled(False), poutine.block():
+        for i in range(len(next(iter(draws.values())))):
+            given = poutine.condition(model, data={name: values[i] for name, values in draws.items()})
+            nodes = poutine.trace(poutine.reparam(given, config=config)).get_trace(*args, **(kwargs or {})).nodes
+            for site in sites:
+                last = list(site.config)[-1]
+                name = next(name for name in (f"{last}_decentered", f"{last}_base") if name in nodes)
+                spreads.setdefault(site.name, []).append(nodes[name]["value"])
+    return tuple(site for site in sites if torch.stack(spreads[site.name]).var(0).mean() > _LOOSE_VARIANCE)
 
 
 def centered_sites(model: Callable, *args: Any, **kwargs: Any) -> tuple[CenteredSite, ...]:

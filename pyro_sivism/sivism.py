@@ -38,7 +38,7 @@ from pyro_sivism.layout import LatentLayout
 from pyro_sivism.objectives import Objective, PathGradientKL
 from pyro_sivism.optimizers import OptimizerLike, check_optimizer
 from pyro_sivism.recipe import Recipe
-from pyro_sivism.reparametrization import decentering, suggestion
+from pyro_sivism.reparametrization import centered_sites, decentering, loose_sites, suggestion
 from pyro_sivism.results import FitResult, History, StepInfo, StepReport
 from pyro_sivism.stopping import Evidence, StoppingRule
 from pyro_sivism.target import Target
@@ -56,6 +56,7 @@ T = TypeVar("T")
 _MIN_STEPS_TO_JUDGE = 100
 # A discrepancy of the scores at a few hundred draws of the Gaussian, which is hardly smaller for the right one.
 _NEARLY_GAUSSIAN = 0.1
+_NUM_GAUSSIAN_DRAWS = 64  # that tell which sites the data say little about
 _STEPS_BEFORE_COMPILING = 50  # until then the score's graph is recorded, and the time of a step known
 _COMPILED_SAVING = 0.3  # of a step's time; measured .3 to .5
 _COMPILE_SECONDS = 90.0  # cold, on one core; half of it is usual
@@ -96,9 +97,9 @@ class SIVISM:
             in each step. Where it cannot be done or would not be right the model is run; ``target.path`` says so.
         compile: compile the steps by ``torch.compile``, which takes a minute or more and needs a C++ compiler. If None
             where a ``run`` has so many steps left that this is repaid, which takes tens of thousands.
-        decenter: fit latents whose scale depends on other latents at a fixed scale, as :func:`~pyro_sivism.decenter`
-            does, where the Gaussian that q starts from has the higher ELBO in these coordinates. What is drawn and
-            reported are the model's own sites. If False never.
+        decenter: fit latents whose scale depends on other latents, and about which the data say little, at a fixed
+            scale, as :func:`~pyro_sivism.decenter` does, if the Gaussian that q starts from has the higher ELBO there.
+            What is drawn and reported are the model's own sites. If False never.
         ranks: the processes that share the fit, see :mod:`pyro_sivism.distributed`; those that ``torchrun`` started or
             ``torch.distributed`` knows if None.
 
@@ -306,9 +307,14 @@ class SIVISM:
             self.guide.is_fitted = True
 
     def _decentered(self, args: Sequence[Any], kwargs: dict[str, Any]) -> SIVISM | None:
-        """A fit of a Gaussian to the decentered model, None if there is nothing to decenter or it cannot be fitted."""
+        """A fit of a Gaussian to the model with its loose sites decentered; None if there are none, or it fails."""
         try:
-            config = decentering(self.own_model, *args, **kwargs)
+            sites = centered_sites(self.own_model, *args, **kwargs)
+            if not sites:
+                return None
+            affine, layout = self._require_gaussian_fit().affine, self.guide.layout
+            x = affine.forward(torch.randn(_NUM_GAUSSIAN_DRAWS, layout.dim).to(affine.loc)).to(layout.dtype)
+            config = decentering(loose_sites(self.own_model, sites, layout.constrain(x), args, kwargs))
             if not config:
                 return None
             guide = SemiImplicitGuide(self.own_model, init_loc_fn=self.guide.init_loc_fn)
