@@ -47,7 +47,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -58,6 +58,9 @@ from pyro_sivism.errors import ArgumentError, DistributedError
 __all__ = ["Ranks"]
 
 _PROBE_TAG = 20_230  # of messages that are sent to see who is there; nobody receives them
+
+
+T = TypeVar("T")
 
 
 class Ranks:
@@ -71,6 +74,7 @@ class Ranks:
     Attributes:
         timeout: seconds to wait for the other ranks within a step, 30 by default. A rank that is busy with something
             else, such as a long callback, may need more: ``Ranks.find().timeout = 300``.
+        last_checkpoint: the file that was last written, from which to go on if a rank dies; "" if none was.
 
     Example:
 
@@ -83,7 +87,7 @@ class Ranks:
 
     def __init__(self, rank: int = 0, size: int = 1, host_group: Any = None, device_group: Any = None) -> None:
         self.rank, self.size = rank, size
-        self.timeout = 30.0
+        self.timeout, self.last_checkpoint = 30.0, ""
         self._host_group, self._device_group = host_group, device_group
         self._failure: str | None = None
 
@@ -210,7 +214,19 @@ class Ranks:
 
     # --- communication ------------------------------------------------------------------------------
 
-    def abandon(self, error: BaseException) -> None:
+    def together(self, work: Callable[..., T], *args: Any) -> T:
+        """Do this rank's part of what the ranks do in step; say where to go on from if another one fails."""
+        try:
+            return work(*args)
+        except DistributedError as error:
+            last = self.last_checkpoint
+            saved = f"The last checkpoint is {last!r}." if last else "There is no checkpoint."
+            raise DistributedError(f"{error} {saved}") from error.__cause__
+        except BaseException as error:
+            self._abandon(error)
+            raise
+
+    def _abandon(self, error: BaseException) -> None:
         """Refuse to communicate from now on: this rank left a step half done, so its messages would be misread."""
         if self.size > 1 and self._failure is None:
             self._failure = f"rank {self.rank} has left an earlier step by {type(error).__name__}"

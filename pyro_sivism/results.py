@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,7 +14,7 @@ from pyro_sivism.diagnostics import Verdict
 from pyro_sivism.family import GaussianFit
 from pyro_sivism.stopping import Evidence
 
-__all__ = ["FitResult", "History", "StepInfo", "StepReport"]
+__all__ = ["FitResult", "History", "Seconds", "StepInfo", "StepReport"]
 
 _READ_EVERY = 20
 
@@ -68,6 +70,29 @@ class History:
         unread, self._unread = self._unread, []
         self.infos += self._read(unread)
         return self.infos
+
+
+class Seconds(dict[str, float]):
+    """Wall-clock by part of a fit.
+
+    Example:
+
+        >>> seconds = Seconds()
+        >>> with seconds.of("steps"):
+        ...     pass
+        >>> list(seconds)
+        ['steps']
+    """
+
+    @contextmanager
+    def of(self, part: str) -> Iterator[None]:
+        """Add the seconds that pass within to those of a part, less those of parts within."""
+        started, others = time.perf_counter(), sum(self.values())
+        try:
+            yield
+        finally:
+            within = sum(self.values()) - others
+            self[part] = self.get(part, 0.0) + time.perf_counter() - started - within
 
 
 @dataclass(frozen=True)

@@ -5,61 +5,41 @@ from __future__ import annotations
 import copy
 import numbers
 import os
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from pyro.poutine import Trace
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pyro_sivism.assessment import assess, gather_evidence
+from pyro_sivism.assessment import assess
 from pyro_sivism.checkpoint import write_atomically
+from pyro_sivism.cycles import Cycles
 from pyro_sivism.devices import is_at_hand
 from pyro_sivism.diagnostics import Verdict
 from pyro_sivism.distributed import Ranks
-from pyro_sivism.errors import (
-    ArgumentError,
-    CompileError,
-    CompileWarning,
-    DistributedError,
-    FitWarning,
-    NotSetUpError,
-    SivismError,
-    TargetPathWarning,
-)
+from pyro_sivism.errors import ArgumentError, FitWarning, NotSetUpError, SivismError
 from pyro_sivism.family import BatchAndMatch, GaussianFit, Preconditioner, WhitenedTarget
 from pyro_sivism.guide import SemiImplicitGuide
 from pyro_sivism.inference_data import split_keywords, to_inference_data
+from pyro_sivism.initialization import Initialization, warn_of_loop
 from pyro_sivism.layout import LatentLayout
 from pyro_sivism.objectives import Objective, PathGradientKL
 from pyro_sivism.optimizers import OptimizerLike, check_optimizer
 from pyro_sivism.recipe import Recipe
-from pyro_sivism.reparametrization import centered_sites, decentering, loose_sites, suggestion
-from pyro_sivism.results import FitResult, History, StepInfo, StepReport
-from pyro_sivism.stopping import Evidence, StoppingRule
+from pyro_sivism.reparametrization import suggestion
+from pyro_sivism.results import FitResult, History, Seconds, StepInfo
 from pyro_sivism.target import Target
 from pyro_sivism.target.anchored import AnchoredTarget
-from pyro_sivism.target.density import PATHS
-from pyro_sivism.target.starts import find_starts
 from pyro_sivism.training import Training
 from pyro_sivism.warn import warn
 
 __all__ = ["SIVISM"]
 
 Callback = Callable[["SIVISM", StepInfo], "bool | None"]
-T = TypeVar("T")
 
 _MIN_STEPS_TO_JUDGE = 100
-# A discrepancy of the scores at a few hundred draws of the Gaussian, which is hardly smaller for the right one.
-_NEARLY_GAUSSIAN = 0.1
-_NUM_GAUSSIAN_DRAWS = 64  # that tell which sites the data say little about
-_STEPS_BEFORE_COMPILING = 50  # until then the score's graph is recorded, and the time of a step known
-_COMPILED_SAVING = 0.3  # of a step's time; measured .3 to .5
-_COMPILE_SECONDS = 90.0  # cold, on one core; half of it is usual
 _CURES = (
     "Run more steps, standardize the data, use float64, or reparametrize the model; or use its draws to start NUTS."
 )
@@ -164,13 +144,13 @@ class SIVISM:
         self.preconditioner = BatchAndMatch() if preconditioner is None else preconditioner
         self._critic, self._num_particles, self._critic_steps = critic, num_particles, critic_steps
         self._capture, self._compile, self._decenter = bool(capture), compile, bool(decenter)
-        self._ranks, self._last_save = ranks, ""
+        self._ranks = ranks
         self._training: Training | None = None
         self._target: Target | None = None
         self._anchored: AnchoredTarget | None = None
         self._gaussian_fit: GaussianFit | None = None
         self._verdict: Verdict | None = None
-        self._seconds: dict[str, float] = {}
+        self._seconds = Seconds()
         self._saved: dict[str, Any] | None = None
 
     # --- set-up -------------------------------------------------------------------------------------
@@ -237,7 +217,7 @@ class SIVISM:
             return training
         if training is None:
             with self.ranks.same_random_numbers():
-                self._point_target(args, kwargs)
+                self._start(args, kwargs)
                 training = self._make_training()
                 if AnchoredTarget.applies(self.target):
                     self._anchored = AnchoredTarget(self.target, self.guide.affine.loc)
@@ -245,92 +225,26 @@ class SIVISM:
             self.ranks.broadcast_(tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
             self.ranks.broadcast_(self.target.params().values())
         else:
-            self._point_target(args, kwargs)
+            self._bind_anew(args, kwargs)
             self._anchored = None
         self.guide.remember_arguments(tuple(args), kwargs)
         self._connect(training)
         self._training = training
         return training
 
-    def _point_target(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        """Make the target of these arguments and, at first, the guide's family and its Gaussian."""
-        started = time.perf_counter()
-        is_new = not self.guide.is_set_up
+    def _start(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """Make the target, and the guide's family and its Gaussian."""
+        how = Initialization(
+            self.preconditioner, self._recipe, self._capture, self._decenter, self.ranks, self._seconds
+        )
+        self._target, self._gaussian_fit = how.start(self.own_model, self.guide, args, kwargs)
+
+    def _bind_anew(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """Point the target at arguments of a signature that it has not seen."""
         trace = self.guide.trace_model(*args, **kwargs)
-        if self.guide.is_fitted:
-            self.guide.layout.check_same(LatentLayout.from_trace(trace))
-        else:
-            self._set_guide_up(trace)
-        if self._target is None:
-            self.guide.check_model(self.own_model, *args, **kwargs)
-            paths = PATHS if self._capture else [path for path in PATHS if not path.startswith("captured")]
-            self._target = Target(self.model, self.guide.layout, trace, args, kwargs, paths=paths)
-        else:
-            self._target.bind(trace, args, kwargs)
-        if self._target.path.name == "loop" and self.ranks.is_first:
-            warn(
-                "the model's score is computed one particle at a time, which is slow: "
-                f"{self._target.path.reason}. Draws are right all the same.",
-                TargetPathWarning,
-            )
-        self._seconds.setdefault("setup", time.perf_counter() - started)
-        if not self.guide.is_fitted:
-            self._fit_gaussian(self.guide.layout.init_from_trace(trace))
-            if is_new and self._decenter:
-                self._decenter_if_better(args, kwargs)
-            self._warn_unresolved()
-
-    def _set_guide_up(self, trace: Trace) -> None:
-        self.guide.setup_from_trace(trace, self._recipe(LatentLayout.from_trace(trace).dim))
-
-    def _decenter_if_better(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        """Go over to decentered coordinates if the Gaussian is not the posterior, and has the higher ELBO there.
-
-        The latents of both are functions of each other, so that their ELBOs bound the same evidence.
-        """
-        fit = self._require_gaussian_fit()
-        if not fit.discrepancy > _NEARLY_GAUSSIAN or self.target.is_subsampled or self.target.params():
-            return
-        with self._timed("preconditioner"):
-            other = self._decentered(args, kwargs)
-        if other is None:
-            return
-        self.target.num_evaluations += other.target.num_evaluations
-        gain = torch.tensor(other._require_gaussian_fit().elbo - fit.elbo)
-        self.ranks.broadcast_([gain])
-        if gain > 0:
-            other.target.num_evaluations = self.target.num_evaluations
-            self._target, self._gaussian_fit = other._target, other._gaussian_fit
-            self.guide.reparametrize(other.guide.reparams)
-            self._set_guide_up(self.guide.trace_model(*args, **kwargs))
-            self.guide.affine = other.guide.affine
-            self.guide.is_fitted = True
-
-    def _decentered(self, args: Sequence[Any], kwargs: dict[str, Any]) -> SIVISM | None:
-        """A fit of a Gaussian to the model with its loose sites decentered; None if there are none, or it fails."""
-        try:
-            sites = centered_sites(self.own_model, *args, **kwargs)
-            if not sites:
-                return None
-            affine, layout = self._require_gaussian_fit().affine, self.guide.layout
-            x = affine.forward(torch.randn(_NUM_GAUSSIAN_DRAWS, layout.dim).to(affine.loc)).to(layout.dtype)
-            config = decentering(loose_sites(self.own_model, sites, layout.constrain(x), args, kwargs))
-            if not config:
-                return None
-            guide = SemiImplicitGuide(self.own_model, init_loc_fn=self.guide.init_loc_fn)
-            guide.reparametrize(config)
-            other = SIVISM(
-                self.own_model,
-                guide,
-                preconditioner=self.preconditioner,
-                capture=self._capture,
-                decenter=False,
-                ranks=self.ranks,
-            )
-            other._point_target(args, kwargs)
-        except SivismError:  # the model can be fitted as it is
-            return None
-        return other
+        self.guide.layout.check_same(LatentLayout.from_trace(trace))
+        self.target.bind(trace, args, kwargs)
+        warn_of_loop(self.target, self.ranks)
 
     def _recipe(self, dim: int) -> Recipe:
         recipe = self.loss.adapt_recipe(Recipe.for_dim(dim))
@@ -339,28 +253,6 @@ class SIVISM:
             num_particles=int(self._num_particles or recipe.num_particles),
             critic_steps=int(self._critic_steps or recipe.critic_steps),
         )
-
-    def _fit_gaussian(self, init: Tensor) -> None:
-        started = time.perf_counter()
-        self._gaussian_fit = self.preconditioner.fit(self.target.over_minibatches(), find_starts(self.target, init))
-        self.guide.affine = self._gaussian_fit.affine
-        self.guide.is_fitted = True
-        self._seconds["preconditioner"] = time.perf_counter() - started
-
-    def _require_gaussian_fit(self) -> GaussianFit:
-        assert self._gaussian_fit is not None
-        return self._gaussian_fit
-
-    def _warn_unresolved(self) -> None:
-        """Say so where the dtype is too coarse for the posterior."""
-        unresolved, layout = self._require_gaussian_fit().unresolved, self.guide.layout
-        if unresolved and self.ranks.is_first:
-            coarse = ", ".join(layout.coordinate_names[i] for i in unresolved[:5])
-            warn(
-                f"the posterior sd of {coarse} is below 100 rounding units of its mean in {layout.dtype}, so that "
-                "scores and draws are coarse there. Center or rescale the data, or use float64.",
-                FitWarning,
-            )
 
     def _make_training(self) -> Training:
         """A live copy of the guide's family, a critic and their optimizers; restored from a file if there is one."""
@@ -379,6 +271,8 @@ class SIVISM:
             critic_optim=self.critic_optim,
             name=self.guide._pyro_name,
             ranks=self.ranks,
+            compile=self._compile,
+            seconds=self._seconds,
         )
 
     def _connect(self, training: Training) -> None:
@@ -415,45 +309,9 @@ class SIVISM:
             DistributedError: another process that shares the fit is gone.
         """
         training = self._bind(args, kwargs)
-        (info,) = training.read([self._step(training)])
-        return info.loss
-
-    def _step(self, training: Training) -> StepReport:
         self._verdict = None  # it was on another q
-        if not training.is_warm:
-            with self._timed("critic_warmup"):
-                self._together(training.warm_up)
-        self.target.resample_minibatch()  # one minibatch for the critic and the guide alike
-        if self._compile and training.num_steps >= _STEPS_BEFORE_COMPILING:
-            self._compile_steps(training)
-        return self._together(training.step)
-
-    def _compile_steps(self, training: Training) -> None:
-        """Compile the steps to come; once, whether it succeeds or not."""
-        self._compile = False
-        started = time.perf_counter()
-        try:
-            training.compile()
-        except CompileError as error:
-            warn(f"the steps could not be compiled, and go on as they are: {error}", CompileWarning)
-        self._seconds["compile"] = time.perf_counter() - started
-
-    def _compile_if_repaid(self, training: Training, steps_left: int, seconds_per_step: float) -> None:
-        """Compile where the seconds it usually saves exceed those it usually takes by far."""
-        saving = _COMPILED_SAVING * seconds_per_step * steps_left
-        if self._compile is None and self.ranks.size == 1 and saving > 2 * _COMPILE_SECONDS:
-            self._compile_steps(training)
-
-    def _together(self, work: Callable[..., T], *args: Any) -> T:
-        """Do this rank's part of what the ranks do in step; say where to go on from if another one fails."""
-        try:
-            return work(*args)
-        except DistributedError as error:
-            saved = f"The last checkpoint is {self._last_save!r}." if self._last_save else "There is no checkpoint."
-            raise DistributedError(f"{error} {saved}") from error.__cause__
-        except BaseException as error:
-            self.ranks.abandon(error)
-            raise
+        (info,) = training.read([self.ranks.together(training.advance)])
+        return info.loss
 
     def run(
         self,
@@ -484,20 +342,32 @@ class SIVISM:
                 f"{type(num_steps).__name__}; the model's arguments come after it: run(None, data)"
             )
         training = self._bind(args, kwargs)
+        self._verdict = None  # it was on another q
         self.ranks.draw_apart()  # a script may have seeded all ranks alike since set-up
         history = History(training.read, reads_each=bool(callbacks) or is_at_hand(self.guide.loc))
-        evidence: list[Evidence] = []
         self._seconds.setdefault("steps", 0.0)
         with tqdm(total=num_steps, disable=not (progress_bar and self.ranks.is_first), desc="SIVISM") as bar:
 
-            def take_steps(number: int) -> bool:
-                return self._take_steps(training, number, history, bar, callbacks)
+            def on_step() -> bool:
+                bar.update()
+                if not bar.disable and bar.n % 20 == 0:
+                    bar.set_postfix_str(f"loss {history.infos[-1].loss:.3g}", refresh=False)
+                asked_to_end = [callback(self, history.infos[-1]) for callback in callbacks]
+                return any(asked_to_end)
 
+            def on_cycle(number: int) -> None:
+                bar.total = len(history.infos) + number
+
+            cycles = Cycles(
+                training, self._scored, self.guide.affine, history, on_step, on_cycle, self.ranks, self._seconds
+            )
             try:
                 if num_steps is not None:
-                    interrupted = take_steps(num_steps)
+                    interrupted = cycles.take(num_steps)
                 else:
-                    interrupted = self._take_cycles(training, take_steps, evidence, bar)
+                    # A q that is not the Gaussian's, or parameters to be learned, want a cycle in any case.
+                    is_gaussian = training.num_steps == 0 and self._gaussian_fit is not None
+                    interrupted = cycles.take_until_settled(goes_on=not is_gaussian or bool(self.target.params()))
             except KeyboardInterrupt:
                 if self.ranks.size > 1:  # the others cannot know after which step
                     raise
@@ -520,79 +390,14 @@ class SIVISM:
             interrupted=interrupted,
             preconditioner=self._gaussian_fit,
             target_path=str(self.target.path),
-            evidence=tuple(evidence),
+            evidence=tuple(cycles.evidence),
             verdict=self._verdict,
         )
-
-    def _take_steps(
-        self, training: Training, number: int, history: History, bar: Any, callbacks: Sequence[Callback]
-    ) -> bool:
-        """One cycle of so many steps; whether it was cut short."""
-        training.plan(number)
-        with self._timed("steps"):
-            started = time.perf_counter()
-            for taken in range(1, number + 1):
-                history.add(self._step(training))
-                bar.update()
-                if taken == _STEPS_BEFORE_COMPILING:
-                    self._compile_if_repaid(training, number - taken, (time.perf_counter() - started) / taken)
-                if taken % 20 == 0:
-                    bar.set_postfix_str(f"loss {history.infos[-1].loss:.3g}", refresh=False)
-                asked_to_stop = [callback(self, history.infos[-1]) for callback in callbacks]
-                if self._together(self.ranks.any, any(asked_to_stop)):
-                    return True
-            history.read()
-        return False
-
-    def _take_cycles(
-        self, training: Training, take_steps: Callable[[int], bool], evidence: list[Evidence], bar: Any
-    ) -> bool:
-        """Cycles until the evidence says that it is enough; the best q is kept. Whether they were cut short."""
-        # In the noise of random minibatches no error is sure, which is no evidence that there is none.
-        is_noisy = self.target.is_subsampled and self._anchored is None
-        # A q that is not the Gaussian's, or parameters of the model to be learned, want a cycle in any case.
-        goes_on = is_noisy or training.num_steps > 0 or self._gaussian_fit is None or bool(self.target.params())
-        rule = StoppingRule(self.target.dim, training.recipe.max_steps, goes_on=goes_on)
-        while True:
-            found = self._gather_evidence(training, rule)
-            evidence.append(found)
-            length = rule.next_cycle(found, is_moving=is_noisy or bool(training.drifting_model_params()))
-            if rule.last_is_best:
-                best = training.snapshot()
-            if self._together(self.ranks.any, length == 0):
-                break
-            bar.total = bar.n + length
-            if take_steps(length):
-                return True
-        if not rule.last_is_best:
-            training.restore(best)
-        return False
-
-    def _gather_evidence(self, training: Training, rule: StoppingRule) -> Evidence:
-        """Where the fit stands; the same on all ranks."""
-        with self._timed("evidence"), self.ranks.same_random_numbers():
-            found = gather_evidence(
-                self._scored, self.guide.affine, training.averaged, training.objective, training.num_steps, rule
-            )
-        numbers = torch.tensor([found.moment_error, found.divergence], dtype=torch.double)
-        self._together(self.ranks.broadcast_, [numbers])
-        moment_error, divergence = numbers.tolist()
-        return replace(found, moment_error=moment_error, divergence=divergence)
-
-    @contextmanager
-    def _timed(self, part: str) -> Iterator[None]:
-        """Add the seconds that pass within to those of a part of the fit, less those of parts within."""
-        started, others = time.perf_counter(), sum(self._seconds.values())
-        try:
-            yield
-        finally:
-            within = sum(self._seconds.values()) - others
-            self._seconds[part] = self._seconds.get(part, 0.0) + time.perf_counter() - started - within
 
     def _judge(self, training: Training) -> Verdict | None:
         """The verdict on the guide, with a warning unless it is good; None if there could be none."""
         try:
-            with self._timed("verdict"):
+            with self._seconds.of("verdict"):
                 verdict = assess(
                     self._scored, self.guide.affine, training.averaged, training.objective, self._gaussian_fit
                 )
@@ -671,7 +476,7 @@ class SIVISM:
             write_atomically(self._saved, path)
             return
         training = self._require_training()
-        self._last_save = os.fspath(path)
+        self.ranks.last_checkpoint = os.fspath(path)
         if not self.ranks.is_first:
             return
         state = {
@@ -680,7 +485,7 @@ class SIVISM:
             "critic": training.critic,
             "training": training.state_dict(),
             "model_params": {name: p.detach().clone() for name, p in self.target.params().items()},
-            "seconds": self._seconds,
+            "seconds": dict(self._seconds),
             "settings": {
                 "loss": self.loss.unbound(),
                 "num_particles": self._num_particles,
@@ -703,7 +508,7 @@ class SIVISM:
         saved = torch.load(path, weights_only=False)
         saved["guide"].attach_model(model)
         sivism = cls(model, saved["guide"], **{**saved["settings"], **kwargs})
-        sivism._saved, sivism._seconds = saved, saved["seconds"]
+        sivism._saved, sivism._seconds = saved, Seconds(saved["seconds"])
         return sivism
 
 

@@ -31,15 +31,18 @@ from pyro_sivism.family import SemiImplicit, TargetDensity
 from pyro_sivism.objectives import GuideLoss, Objective
 from pyro_sivism.optimizers import OptimizerLike, Stepper, clip_gradients, make_stepper, nonfinite_gradient
 from pyro_sivism.recipe import Recipe
-from pyro_sivism.results import StepInfo, StepReport
+from pyro_sivism.results import Seconds, StepInfo, StepReport
 from pyro_sivism.target import Target
 from pyro_sivism.target.paths import first_line
 from pyro_sivism.warn import warn
 
-__all__ = ["Training"]
+__all__ = ["STEPS_BEFORE_COMPILING", "Training"]
 
 _MODEL_PARAM_LR = 1e-2
 _CHECK_EVERY = 100
+STEPS_BEFORE_COMPILING = 50  # until then the score's graph is recorded, and the time of a step known
+_COMPILED_SAVING = 0.3  # of a step's time; measured .3 to .5
+_COMPILE_SECONDS = 90.0  # cold, on one core; half of it is usual
 
 
 class Training:
@@ -54,6 +57,8 @@ class Training:
         optim, critic_optim: the user's optimizers, or None for ours.
         name: prefix of the parameters' names, which per-parameter optimizer arguments see.
         ranks: the processes that share the fit.
+        compile: compile the steps; if None where :meth:`compile_if_repaid` finds that it pays.
+        seconds: where to write down what warming up and compiling took.
     """
 
     def __init__(
@@ -68,6 +73,8 @@ class Training:
         critic_optim: OptimizerLike | None,
         name: str,
         ranks: Ranks,
+        compile: bool | None = False,
+        seconds: Seconds | None = None,
     ) -> None:
         self.family, self.averaged, self.critic = family, averaged, critic
         self.objective, self.recipe = objective, recipe
@@ -75,6 +82,7 @@ class Training:
         self.num_steps = 0
         self.is_warm = False
         self._optim = optim
+        self._compiles, self._seconds = compile, Seconds() if seconds is None else seconds
         self._schedule: tuple[int, int] | None = None
         self._warned_nonfinite = False
         self._guide_stepper = make_stepper(
@@ -129,20 +137,42 @@ class Training:
         """Let the learning rate fall over the next ``num_steps`` steps, or stay constant if None."""
         self._schedule = None if num_steps is None else (self.num_steps, num_steps)
 
-    def compile(self) -> None:
-        """Compile the gradients of the steps to come; without effect on what they are.
+    def compile_if_repaid(self, steps_left: int, seconds_per_step: float) -> None:
+        """Compile where the seconds it usually saves exceed those it usually takes by far."""
+        saving = _COMPILED_SAVING * seconds_per_step * steps_left
+        if self._compiles is None and self.ranks.size == 1 and saving > 2 * _COMPILE_SECONDS:
+            self._compile()
 
-        Raises:
-            CompileError: it cannot be done, and the message says why.
-        """
-        if self.objective.depends_on_step:
-            raise CompileError(f"the loss of {type(self.objective).__name__} changes from step to step")
-        functions = (self._own_critic_gradients, self._own_guide_gradients)
-        self._compiled = CompiledGradients(functions, self.source)
+    def _compile(self) -> None:
+        """Compile the gradients of the steps to come, without effect on what they are; once, whether it succeeds or
+        not."""
+        self._compiles = False
+        with self._seconds.of("compile"):
+            try:
+                if self.objective.depends_on_step:
+                    raise CompileError(f"the loss of {type(self.objective).__name__} changes from step to step")
+                functions = (self._own_critic_gradients, self._own_guide_gradients)
+                self._compiled = CompiledGradients(functions, self.source)
+            except CompileError as error:
+                warn(f"the steps could not be compiled, and go on as they are: {error}", CompileWarning)
 
     @property
     def is_compiled(self) -> bool:
         return self._compiled is not None
+
+    def advance(self) -> StepReport:
+        """Take the next step of a fit: on a new minibatch, after the critic's warm-up, compiled where that is wanted.
+
+        Raises:
+            As :meth:`step`.
+        """
+        if not self.is_warm:
+            with self._seconds.of("critic_warmup"):
+                self.warm_up()
+        self.source.resample_minibatch()  # one minibatch for the critic and the guide alike
+        if self._compiles and self.num_steps >= STEPS_BEFORE_COMPILING:
+            self._compile()
+        return self.step()
 
     def step(self) -> StepReport:
         """Take one step, as the module docstring says.

@@ -708,7 +708,7 @@ def test_the_best_q_of_a_run_is_the_one_that_is_kept(monkeypatch):
         found = {1: (0.4, 4.0), 2: (0.1, 1.0), 3: (0.3, 0.5)}[len(seen)]
         return Evidence(num_steps, *found)
 
-    monkeypatch.setattr("pyro_sivism.sivism.gather_evidence", ever_worse)
+    monkeypatch.setattr("pyro_sivism.cycles.gather_evidence", ever_worse)
     sivism = quick(skewed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FitWarning)  # tiny networks
@@ -724,7 +724,7 @@ def test_a_run_ends_where_chains_rule_out_that_scores_matter(monkeypatch):
     def ruled_out(target, affine, family, objective, num_steps, rule):
         return Evidence(num_steps, 0.02, 5.0, by_chains=num_steps > 0, is_ruled_out=num_steps > 0)
 
-    monkeypatch.setattr("pyro_sivism.sivism.gather_evidence", ruled_out)
+    monkeypatch.setattr("pyro_sivism.cycles.gather_evidence", ruled_out)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FitWarning)  # tiny networks
         fit = quick(skewed).run(None, progress_bar=False)
@@ -826,7 +826,7 @@ def test_noise_of_minibatches_is_no_evidence_of_a_right_fit(monkeypatch):
         with pyro.plate("n", 6, subsample_size=3):
             pyro.sample("t", dist.Normal(0.0, 1.0))
 
-    monkeypatch.setattr("pyro_sivism.sivism.gather_evidence", lambda *args: Evidence(args[-2], 0.0, 0.0))
+    monkeypatch.setattr("pyro_sivism.cycles.gather_evidence", lambda *args: Evidence(args[-2], 0.0, 0.0))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FitWarning)  # tiny networks
         fit = quick(model, 6).run(None, progress_bar=False)
@@ -841,7 +841,7 @@ def test_a_run_without_a_length_goes_on_while_the_model_is_learned(monkeypatch):
             t = pyro.sample("t", dist.Normal(center, 1.0))
             pyro.sample("y", dist.Normal(t, 0.5), obs=y)
 
-    monkeypatch.setattr("pyro_sivism.sivism.gather_evidence", lambda *args: Evidence(args[-2], 0.0, 0.0))
+    monkeypatch.setattr("pyro_sivism.cycles.gather_evidence", lambda *args: Evidence(args[-2], 0.0, 0.0))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FitWarning)
         fit = quick(model, 5).run(None, 30.0 + torch.randn(5), progress_bar=False)
