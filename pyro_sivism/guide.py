@@ -220,7 +220,7 @@ class SemiImplicitGuide(AutoContinuous):
         if self.master is not None:
             self.master()._check_prototype(self.prototype_trace)
         self._layout = layout
-        self._auxiliary = auxiliary_names(trace) if self._reparams else {}
+        self._auxiliary = auxiliary_names(self._reparams, layout.names)
         self.latent_dim = layout.dim
         self.register_buffer("loc", layout.init_from_trace(trace))
         self.register_buffer("_fitted", torch.tensor(False))
@@ -333,9 +333,15 @@ class SemiImplicitGuide(AutoContinuous):
         result = {}
         for name, value in values.items():
             fn, log_density = own.nodes[name]["fn"], 0.0
+            bases = [fitted.nodes[auxiliary] for auxiliary in self._auxiliary[name]]
+            if any(node["value"].shape != value.shape for node in bases):
+                raise ModelError(
+                    f"site '{name}' has shape {tuple(value.shape)}, computed from latents of shape "
+                    f"{tuple(bases[0]['value'].shape)}: the model is not written for batches, as vectorized particles "
+                    "and outer plates ask for. Draw one at a time, or put its dims into plates."
+                )
             if poutine.get_mask() is not False:
                 # What both densities differ by is that of the change of variables.
-                bases = [fitted.nodes[auxiliary] for auxiliary in self._auxiliary[name]]
                 log_density = fn.log_prob(value) - sum(node["fn"].log_prob(node["value"]) for node in bases)
             with ExitStack() as stack:
                 for frame in own.nodes[name]["cond_indep_stack"]:
@@ -368,7 +374,7 @@ class SemiImplicitGuide(AutoContinuous):
         return self._with_own(self.layout.constrain(torch.quantile(x, probabilities, dim=0)), own)
 
     @torch.no_grad()
-    def constrain(self, x: Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def constrain(self, x: Tensor, /, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Unconstrained draws ``x (S, D)`` -> the values of the model's own latent sites, ``(S, *site shape)``.
 
         Args:
@@ -387,16 +393,20 @@ class SemiImplicitGuide(AutoContinuous):
         """Draws of the reparametrized sites."""
         if not self._auxiliary:
             return {}
-        if not args and not kwargs:
-            if self._arguments is None:
-                raise NotSetUpError(
-                    f"the sites {sorted(self._auxiliary)} were fitted in other coordinates, and are computed by the "
-                    "model from its arguments, which this guide does not know. Pass them, or call "
-                    "sivism.setup(*args, **kwargs) first."
-                )
+        if not args and not kwargs and self._arguments is not None:
             args, kwargs = self._arguments
-        own = OwnSites(self._require_model().model, self.layout, self.trace_model(*args, **kwargs), args, kwargs)
-        draws = own.draws(self.layout.constrain(x))
+        try:
+            trace = self.trace_model(*args, **kwargs)
+        except TypeError as error:
+            if args or kwargs:
+                raise
+            raise NotSetUpError(
+                f"the sites {sorted(self._auxiliary)} were fitted in other coordinates, and are computed by the model "
+                "from its arguments, which this guide does not know. Pass them, or call sivism.setup(*args, **kwargs) "
+                "first."
+            ) from error
+        own = OwnSites(self._require_model().model, self.layout, trace, args, kwargs)
+        draws = own.all_draws(self.layout.constrain(x))
         return {name: draws[name].to(x.device) for name in self._auxiliary}
 
     def _with_own(self, values: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -442,6 +452,19 @@ class SemiImplicitGuide(AutoContinuous):
             )
         return self._model
 
+    def get_extra_state(self) -> list[str]:
+        """The sites fitted in other coordinates, which a ``state_dict`` is of no use without."""
+        return sorted(self._reparams)
+
+    def set_extra_state(self, state: list[str]) -> None:
+        """Raise unless a ``state_dict`` is of the coordinates of this guide."""
+        if state != self.get_extra_state():
+            raise ArgumentError(
+                f"the state is of a guide whose reparametrized sites are {state}, and this guide's are "
+                f"{self.get_extra_state()}. Keep the whole guide by torch.save, or fit both by SIVISM(..., "
+                "decenter=False)."
+            )
+
     def __getstate__(self) -> dict[str, Any]:
         # AutoGuide's __getstate__ drops the model from the live object too; give it back.
         model, master = self._model, self.master
@@ -461,6 +484,7 @@ class SemiImplicitGuide(AutoContinuous):
         memo[id(self)] = clone
         clone.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         clone._model, clone.prototype_trace = self._model, self.prototype_trace
+        clone._arguments = self._arguments
         return clone
 
     def attach_model(self, model: Callable, init_loc_fn: Callable = init_to_median) -> None:

@@ -9,7 +9,7 @@ in either bound the same evidence: the higher one tells which to take.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -68,16 +68,22 @@ class Initialization:
         is_new = not guide.is_set_up
         with self.seconds.of("setup"):
             target, init = self._make_target(model, guide, args, kwargs)
-        if guide.is_fitted:
-            return target, None
-        with self.seconds.of("preconditioner"):
-            fit = self.preconditioner.fit(target.over_minibatches(), find_starts(target, init))
-            _set_gaussian(guide, fit)
-            if is_new and self.decenter and fit.discrepancy > _NEARLY_GAUSSIAN and _may_be_decentered(target):
-                target, fit = self._in_better_coordinates(model, guide, target, fit)
+        fit = None
+        if not guide.is_fitted:
+            with self.seconds.of("preconditioner"):
+                fit = self._fit_gaussian(guide, target, init)
+                if is_new and self.decenter and fit.discrepancy > _NEARLY_GAUSSIAN and _may_be_decentered(target):
+                    target, fit = self._in_better_coordinates(model, guide, target, fit)
         if self.ranks.is_first:
+            warn_of_loop(target)
             _warn_unresolved(guide.layout, fit)
         return target, fit
+
+    def _fit_gaussian(self, guide: SemiImplicitGuide, target: Target, init: Tensor) -> GaussianFit:
+        """The Gaussian, which the guide is set to."""
+        fit = self.preconditioner.fit(target.over_minibatches(), find_starts(target, init))
+        _set_gaussian(guide, fit)
+        return fit
 
     def _make_target(
         self, model: Callable, guide: SemiImplicitGuide, args: Sequence[Any], kwargs: dict[str, Any]
@@ -92,7 +98,6 @@ class Initialization:
         guide.check_model(model, *args, **kwargs)
         paths = PATHS if self.capture else [path for path in PATHS if not path.startswith("captured")]
         target = Target(guide.reparametrized(model), guide.layout, trace, args, kwargs, paths=paths)
-        warn_of_loop(target, self.ranks)
         return target, guide.layout.init_from_trace(trace)
 
     def _in_better_coordinates(
@@ -131,12 +136,13 @@ class Initialization:
         if not sites:
             return target, None
         guide.reparametrize(decentering(sites))
-        return replace(self, decenter=False, seconds=Seconds()).start(model, guide, args, kwargs)
+        other, init = self._make_target(model, guide, args, kwargs)
+        return other, self._fit_gaussian(guide, other, init)
 
 
-def warn_of_loop(target: Target, ranks: Ranks) -> None:
+def warn_of_loop(target: Target) -> None:
     """Say so where scores are slow."""
-    if target.path.name == "loop" and ranks.is_first:
+    if target.path.name == "loop":
         warn(
             "the model's score is computed one particle at a time, which is slow: "
             f"{target.path.reason}. Draws are right all the same.",
@@ -154,9 +160,9 @@ def _set_gaussian(guide: SemiImplicitGuide, fit: GaussianFit) -> None:
     guide.is_fitted = True
 
 
-def _warn_unresolved(layout: LatentLayout, fit: GaussianFit) -> None:
+def _warn_unresolved(layout: LatentLayout, fit: GaussianFit | None) -> None:
     """Say so where the dtype is too coarse for the posterior."""
-    if fit.unresolved:
+    if fit is not None and fit.unresolved:
         coarse = ", ".join(layout.coordinate_names[i] for i in fit.unresolved[:5])
         warn(
             f"the posterior sd of {coarse} is below 100 rounding units of its mean in {layout.dtype}, so that "

@@ -6,9 +6,12 @@ Pyro names after it: ``theta_decentered``, ``theta_base``. What is reported is a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from pyro.infer.reparam import TransformReparam
+from pyro.infer.reparam.reparam import Reparam
 from pyro.poutine import Trace
 from torch import Tensor
 
@@ -17,6 +20,12 @@ from pyro_sivism.sites import Site, is_reparametrized
 from pyro_sivism.target.replay import Replay
 
 __all__ = ["OwnSites", "auxiliary_names", "own_sites_first"]
+
+# By which the reparametrizations of Pyro 1.9 name what they draw.
+_SUFFIXES = re.compile(
+    "(_(base|decentered|normal|gamma|uniform|exponential|updated|shared_latent|dct|haar|transformed|trans|init|obs|z|t"
+    "|split_[0-9]+))+"
+)
 
 
 class OwnSites:
@@ -67,21 +76,29 @@ class OwnSites:
 
     def draws(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The own sites' draws, from those of all the latents, ``(S, *site shape)`` each."""
-        values = {name: latents[name] for name in self.layout.names}  # one that is missing would be drawn anew
-        if self._replay is not None:
-            values |= self._replay.evaluate(latents).deterministic
+        values = self.all_draws(latents)
         return {site.name: values[site.name] for site in self.sites}
 
+    def all_draws(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Draws of the latents and of every site that is computed from them."""
+        values = {name: latents[name] for name in self.layout.names}  # one that is missing would be drawn anew
+        return values if self._replay is None else values | self._replay.evaluate(values).deterministic
 
-def auxiliary_names(trace: Trace) -> dict[str, list[str]]:
-    """Reparametrized site -> the auxiliary latents that it is computed from, of the model's own sites."""
-    reparametrized = _reparametrized(trace)
-    latents = [name for name in trace.stochastic_nodes if name not in reparametrized]
-    return {
-        own: [name for name in latents if _is_auxiliary(name, [own])]
-        for own in reparametrized
-        if not _is_auxiliary(own, reparametrized)
+
+def auxiliary_names(config: Mapping[str, Reparam], latents: Collection[str]) -> dict[str, list[str]]:
+    """Reparametrized site -> the auxiliary latents that it is computed from, for a config of decentered sites.
+
+    A key of the config may be auxiliary itself: ``theta_base``, to be decentered, of a transformed ``theta``.
+    """
+    made = {
+        key: f"{key}_base" if isinstance(reparam, TransformReparam) else f"{key}_decentered"
+        for key, reparam in config.items()
     }
+
+    def latent_of(name: str) -> str:
+        return latent_of(made[name]) if name in made else name
+
+    return {key: [latent_of(key)] for key in made if key not in made.values() and latent_of(key) in latents}
 
 
 def own_sites_first(values: Mapping[str, Tensor], trace: Trace) -> dict[str, Tensor]:
@@ -101,5 +118,5 @@ def _reparametrized(trace: Trace) -> list[str]:
 
 
 def _is_auxiliary(name: str, reparametrized: Mapping[str, Any] | Sequence[str]) -> bool:
-    """Whether Pyro's handlers named a site after one of those."""
-    return any(name.startswith(f"{own}_") for own in reparametrized)
+    """Whether Pyro's handlers named a site after one of those; ``theta_mean`` is no auxiliary site of ``theta``."""
+    return any(name.startswith(own) and _SUFFIXES.fullmatch(name.removeprefix(own)) for own in reparametrized)

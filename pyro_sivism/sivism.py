@@ -244,7 +244,8 @@ class SIVISM:
         trace = self.guide.trace_model(*args, **kwargs)
         self.guide.layout.check_same(LatentLayout.from_trace(trace))
         self.target.bind(trace, args, kwargs)
-        warn_of_loop(self.target, self.ranks)
+        if self.ranks.is_first:
+            warn_of_loop(self.target)
 
     def _recipe(self, dim: int) -> Recipe:
         recipe = self.loss.adapt_recipe(Recipe.for_dim(dim))
