@@ -108,7 +108,7 @@ class SemiImplicitGuide(AutoContinuous):
         self.num_mixing = num_mixing
         self._layout: LatentLayout | None = None
         self._reparams: dict[str, Reparam] = {}
-        self._auxiliary: dict[str, list[str]] = {}
+        self._auxiliary: dict[str, str] = {}  # own site -> the latent it is computed from
         self._arguments: tuple[tuple, dict[str, Any]] | None = None
 
     # --- set-up -------------------------------------------------------------------------------------
@@ -296,7 +296,7 @@ class SemiImplicitGuide(AutoContinuous):
         """Draw every latent site, inside the model's plates: a dict of site name to value."""
         self.setup(*args, **kwargs)
         self._claim_parameter_names()
-        auxiliary = {name for names in self._auxiliary.values() for name in names}
+        auxiliary = set(self._auxiliary.values())
         latent = self.sample_latent(*args, **kwargs)
         plates = self._create_plates(*args, **kwargs)
         masked = poutine.get_mask() is False
@@ -317,8 +317,7 @@ class SemiImplicitGuide(AutoContinuous):
                 result[site.name] = pyro.sample(site.name, delta, infer=infer)
         if not self._auxiliary:
             return result
-        own = self._draw_own_sites(result, plates, args, kwargs)
-        return {**{name: value for name, value in result.items() if name not in auxiliary}, **own}
+        return self._with_own(result, self._draw_own_sites(result, plates, args, kwargs))
 
     def _draw_own_sites(
         self, latents: Mapping[str, Tensor], plates: Mapping[str, Any], args: tuple, kwargs: dict[str, Any]
@@ -332,17 +331,16 @@ class SemiImplicitGuide(AutoContinuous):
             own = poutine.trace(poutine.condition(prototype.own_model, data=given)).get_trace(*args, **kwargs)
         result = {}
         for name, value in values.items():
-            fn, log_density = own.nodes[name]["fn"], 0.0
-            bases = [fitted.nodes[auxiliary] for auxiliary in self._auxiliary[name]]
-            if any(node["value"].shape != value.shape for node in bases):
+            fn, base, log_density = own.nodes[name]["fn"], fitted.nodes[self._auxiliary[name]], 0.0
+            if base["value"].shape != value.shape:
                 raise ModelError(
-                    f"site '{name}' has shape {tuple(value.shape)}, computed from latents of shape "
-                    f"{tuple(bases[0]['value'].shape)}: the model is not written for batches, as vectorized particles "
+                    f"site '{name}' has shape {tuple(value.shape)}, computed from a latent of shape "
+                    f"{tuple(base['value'].shape)}: the model is not written for batches, as vectorized particles "
                     "and outer plates ask for. Draw one at a time, or put its dims into plates."
                 )
             if poutine.get_mask() is not False:
                 # What both densities differ by is that of the change of variables.
-                log_density = fn.log_prob(value) - sum(node["fn"].log_prob(node["value"]) for node in bases)
+                log_density = fn.log_prob(value) - base["fn"].log_prob(base["value"])
             with ExitStack() as stack:
                 for frame in own.nodes[name]["cond_indep_stack"]:
                     if frame.name in plates:
@@ -411,8 +409,8 @@ class SemiImplicitGuide(AutoContinuous):
 
     def _with_own(self, values: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
         """The model's own sites: values of latents, but for the auxiliary ones, and of those that are computed."""
-        auxiliary = {name for names in self._auxiliary.values() for name in names}
-        return {**{name: value for name, value in values.items() if name not in auxiliary}, **own}
+        auxiliary = set(self._auxiliary.values())
+        return {name: value for name, value in values.items() if name not in auxiliary} | own
 
     def _reference_draws(self, num_draws: int = 4000) -> Tensor:
         self._require_set_up()

@@ -85,8 +85,8 @@ class OwnSites:
         return values if self._replay is None else values | self._replay.evaluate(values).deterministic
 
 
-def auxiliary_names(config: Mapping[str, Reparam], latents: Collection[str]) -> dict[str, list[str]]:
-    """Reparametrized site -> the auxiliary latents that it is computed from, for a config of decentered sites.
+def auxiliary_names(config: Mapping[str, Reparam], latents: Collection[str]) -> dict[str, str]:
+    """Decentered site -> the auxiliary latent that it is computed from, for the config that decenters them.
 
     A key of the config may be auxiliary itself: ``theta_base``, to be decentered, of a transformed ``theta``.
     """
@@ -98,7 +98,7 @@ def auxiliary_names(config: Mapping[str, Reparam], latents: Collection[str]) -> 
     def latent_of(name: str) -> str:
         return latent_of(made[name]) if name in made else name
 
-    return {key: [latent_of(key)] for key in made if key not in made.values() and latent_of(key) in latents}
+    return {key: latent_of(key) for key in made if key not in made.values() and latent_of(key) in latents}
 
 
 def own_sites_first(values: Mapping[str, Tensor], trace: Trace) -> dict[str, Tensor]:
