@@ -366,6 +366,10 @@ def _unview(source: fx.Node, node: fx.Node, view: tuple) -> fx.Node:
     if function is aten.permute.default:
         dims = _inverse([dim % len(meta.shape) for dim in arguments[0]])
         return _in_layout(_call(graph, function, (node, dims), unknown), meta)
+    if function is aten.detach.default:  # other numbers, and the derivative of those that were there
+        change = _call(graph, aten.sub.Tensor, (node, source), unknown)
+        change = _call(graph, aten.detach.default, (change,), unknown)
+        return _in_layout(_call(graph, aten.add.Tensor, (source, change), unknown), meta)
     raise RuntimeError(f"the function writes into what {function} returned, a view that cannot be written into here")
 
 
