@@ -630,6 +630,22 @@ def test_a_global_that_is_rebound_is_noticed_at_the_next_check(monkeypatch):
     assert_as_the_loop(target)
 
 
+def test_a_gaussian_hmm_that_writes_through_data_is_captured():
+    def model(y):
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 0.5))
+        drift = pyro.sample("drift", dist.Beta(4.0, 2.0))
+        hidden = dist.MultivariateNormal(torch.zeros(2), scale_tril=torch.eye(2))
+        noise = dist.Normal(0.0, scale).expand([1]).to_event(1)
+        hmm = dist.GaussianHMM(hidden, drift * torch.eye(2), hidden, torch.ones(2, 1), noise, duration=len(y))
+        pyro.sample("y", hmm, obs=y)
+
+    target = make_target(model, Y[:6, None])
+    assert target.path.name == "captured"
+    x = points(target)
+    for got, want in zip(target.log_density_and_score(x), target._evaluate_along("loop", x)):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize(("error", "is_fault"), [(1e-12, False), (1e-6, True)])
 def test_a_replay_is_compared_by_the_size_of_typical_scores(monkeypatch, error, is_fault):
     """At one draw a sum may be zero whose terms, and their roundings, are not."""
