@@ -31,7 +31,7 @@ from pyro_sivism.warn import warn
 __all__ = ["Initialization"]
 
 # A discrepancy of the scores at a few hundred draws of the Gaussian, which is hardly smaller for the right one.
-_NEARLY_GAUSSIAN = 0.1
+_NEARLY_GAUSSIAN, _POORLY_GAUSSIAN = 0.1, 0.2
 _NUM_GAUSSIAN_DRAWS = 64  # that tell which sites the data say little about
 
 
@@ -126,15 +126,21 @@ class Initialization:
     def _decentered(
         self, model: Callable, guide: SemiImplicitGuide, target: Target, fit: GaussianFit
     ) -> tuple[Target, GaussianFit | None]:
-        """The target with its loose sites decentered, and its Gaussian; None for the Gaussian where there are none."""
+        """The target decentered, and its Gaussian; None for the Gaussian where no site is to be.
+
+        These are the sites about which the data say little by the Gaussian's draws; all where they say so of none and
+        the Gaussian is a poor one, as where it sits in a funnel's neck.
+        """
         args, kwargs = target.arguments
-        sites = centered_sites(model, *args, **kwargs)
-        if sites:
-            noise = torch.randn(_NUM_GAUSSIAN_DRAWS, target.dim).to(fit.affine.loc)
-            draws = target.layout.constrain(fit.affine.forward(noise).to(target.layout.dtype))
-            sites = loose_sites(model, sites, draws, args, kwargs)
-        if not sites:
+        centered = centered_sites(model, *args, **kwargs)
+        if not centered:
             return target, None
+        noise = torch.randn(_NUM_GAUSSIAN_DRAWS, target.dim).to(fit.affine.loc)
+        draws = target.layout.constrain(fit.affine.forward(noise).to(target.layout.dtype))
+        sites = loose_sites(model, centered, draws, args, kwargs)
+        if not sites and fit.discrepancy <= _POORLY_GAUSSIAN:
+            return target, None
+        sites = sites or centered
         guide.reparametrize(decentering(sites))
         other, init = self._make_target(model, guide, args, kwargs)
         return other, self._fit_gaussian(guide, other, init)
