@@ -20,7 +20,6 @@ from pyro.infer.autoguide.initialization import init_to_value
 from pyro.infer.mcmc.util import initialize_model
 from pyro.infer.reparam import LocScaleReparam
 
-import pyro_sivism.reparametrization as reparametrization
 from pyro_sivism import SIVISM, BatchAndMatch, FixedGaussian, SemiImplicitGuide, compare_with_nuts, decenter, nuts_from
 from pyro_sivism.errors import ArgumentError, ModelError, NonFiniteError, NotSetUpError
 from pyro_sivism.family import Preconditioner
@@ -153,14 +152,12 @@ def plenty_of_data():
     return torch.randn(10, 1) + 0.2 * torch.randn(10, 50)
 
 
-@pytest.mark.parametrize("is_tried", [False, True])
-def test_groups_with_plenty_of_data_are_fitted_as_they_are(monkeypatch, is_tried):
-    """They are not tried decentered, as the data say much about each. Where they are, the Gaussian is the worse one:
-    value_decentered is a narrow, bent function of mean and spread, by which the ELBO is 1.6 to 2.1 nats lower in four
-    seeds, with a noise of about .1."""
-    if is_tried:
-        monkeypatch.setattr(reparametrization, "_LOOSE_VARIANCE", 0.0)
-    y, recorded = plenty_of_data(), Recorded(discrepancy=1.0)
+@pytest.mark.parametrize(("discrepancy", "is_tried"), [(0.15, False), (0.25, True)])
+def test_groups_with_plenty_of_data_are_fitted_as_they_are(discrepancy, is_tried):
+    """They are tried decentered only if the Gaussian is a poor one, as the data say much about each. Where they are,
+    theirs is the worse one: value_decentered is a narrow, bent function of mean and spread, by which the ELBO is 1.6 to
+    2.1 nats lower in four seeds, with a noise of about .1."""
+    y, recorded = plenty_of_data(), Recorded(discrepancy=discrepancy)
     sivism = SIVISM(plenty, preconditioner=recorded).setup(y)
     of_centered, *of_decentered = recorded.fits
     assert len(of_decentered) == is_tried
@@ -168,6 +165,16 @@ def test_groups_with_plenty_of_data_are_fitted_as_they_are(monkeypatch, is_tried
     assert sivism.guide.layout.names == ("mean", "spread", "value")
     assert sivism.model is plenty
     assert sivism.run(0, y, progress_bar=False).preconditioner is of_centered
+
+
+@pytest.mark.parametrize(("discrepancy", "goes_over"), [(0.15, False), (0.25, True)])
+def test_a_poor_gaussian_is_not_believed_that_all_is_known(discrepancy, goes_over):
+    """In the neck of a funnel, where an L-BFGS path may end, every theta seems to be known exactly. With the levels of a
+    river in 100 years it took the fit 35 sds off; decentered the ELBO was 18 nats higher."""
+    gaussians = GivenGaussians(0.0, 1.0, discrepancy=discrepancy, variance=1e-4)
+    sivism = SIVISM(eight_schools, preconditioner=gaussians).setup(*DATA)
+    assert list(sivism.guide.reparams) == ["theta"] * goes_over
+    assert gaussians.num_fits == 1 + goes_over
 
 
 def test_of_two_hierarchies_that_with_little_data_is_decentered():
