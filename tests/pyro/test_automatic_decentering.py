@@ -169,8 +169,8 @@ def test_groups_with_plenty_of_data_are_fitted_as_they_are(discrepancy, is_tried
 
 @pytest.mark.parametrize(("discrepancy", "goes_over"), [(0.15, False), (0.25, True)])
 def test_a_poor_gaussian_is_not_believed_that_all_is_known(discrepancy, goes_over):
-    """In the neck of a funnel, where an L-BFGS path may end, every theta seems to be known exactly. With the levels of a
-    river in 100 years it took the fit 35 sds off; decentered the ELBO was 18 nats higher."""
+    """In the neck of a funnel, where an L-BFGS path may end, every theta seems to be known exactly. With the levels of
+    a river in 100 years it took the fit 35 sds off; decentered the ELBO was 18 nats higher."""
     gaussians = GivenGaussians(0.0, 1.0, discrepancy=discrepancy, variance=1e-4)
     sivism = SIVISM(eight_schools, preconditioner=gaussians).setup(*DATA)
     assert list(sivism.guide.reparams) == ["theta"] * goes_over
