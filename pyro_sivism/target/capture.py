@@ -50,14 +50,28 @@ class CapturedDensity:
         x: a point ``(D,)``, for shape and dtype.
         in_plate: record the model in a plate of particles, rather than with one particle under ``vmap``.
         factors_out: carry small factors apart, which is faster, and in float32 may over- or underflow elsewhere.
+        holds_arguments: record the model's tensor arguments as constants, not as inputs, so that it may select some of
+            their rows by a mask, as those without a missing value.
 
     Raises:
-        CaptureError: the graph draws random numbers.
+        CaptureError: the graph draws random numbers, or arguments cannot be held as minibatches change.
+        DynamicSizeError: how many numbers there are depends on the values of an input.
         Exception: whatever the model raises when it asks for the value of a latent while it is recorded.
     """
 
-    def __init__(self, runs: ModelRuns, x: Tensor, *, in_plate: bool = False, factors_out: bool = True) -> None:
+    def __init__(
+        self,
+        runs: ModelRuns,
+        x: Tensor,
+        *,
+        in_plate: bool = False,
+        factors_out: bool = True,
+        holds_arguments: bool = False,
+    ) -> None:
+        if holds_arguments and runs.subsamples:
+            raise CaptureError("arguments are selected by their values, and minibatches are drawn")
         self._runs, self._in_plate, self._factors_out = runs, in_plate, factors_out
+        self._held = list(runs.arguments.tensors) if holds_arguments else None
         self._versions: list[tuple[Tensor, int]] = []
         self._stored_params: dict[str, Tensor] = {}
         runs.params(x)  # one that the store does not have yet is made by this run, and is not part of the graph
@@ -67,6 +81,11 @@ class CapturedDensity:
     @property
     def is_stale(self) -> bool:
         """Whether a tensor that the model closed over has been changed in place, or a param replaced in the store."""
+        if self._held is not None:
+            tensors = self._runs.arguments.tensors
+            if not all(tensor is held or torch.equal(tensor, held) for tensor, held in zip(tensors, self._held)):
+                return True
+            self._held = list(tensors)  # the same objects need not be compared again
         stored = dict(pyro.get_param_store().named_parameters()) if self._stored_params else {}
         return any(tensor._version != version for tensor, version in self._versions) or any(
             stored.get(name) is not leaf for name, leaf in self._stored_params.items()
@@ -92,7 +111,7 @@ class CapturedDensity:
             x: the points.
             inputs: tensors in the place of :attr:`ModelRuns.inputs`.
         """
-        result = self.graph(what)(x, *inputs)
+        result = self.graph(what)(x, *(inputs if self._held is None else ()))
         if what == "both":
             return result
         return (result, None) if what == "log_density" else (None, result)
@@ -138,7 +157,7 @@ class CapturedDensity:
     def _own_inputs(self) -> list[Tensor]:
         """The inputs as objects of their own: a model that also closes over one of its arguments reads two different
         things, which a later call with other arguments tells apart."""
-        return [tensor.detach() for tensor in self._runs.inputs]
+        return [tensor.detach() for tensor in self._runs.inputs] if self._held is None else []
 
 
 def _with_score(log_densities: Function) -> Function:

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["Recording", "TensorMeta", "is_recording", "own_detach", "record"]
+__all__ = ["DynamicSizeError", "Recording", "TensorMeta", "is_recording", "own_detach", "record"]
 
 aten = torch.ops.aten
 
@@ -56,6 +56,10 @@ _SCATTERS = {
 }
 _OWN_INVERSES = {aten.transpose.int, aten.t.default}
 _recorder: ContextVar[_Recorder | None] = ContextVar("recorder", default=None)
+
+
+class DynamicSizeError(RuntimeError):
+    """How many numbers an operation returns depends on values that may differ in the next call."""
 
 
 class TensorMeta(NamedTuple):
@@ -113,6 +117,7 @@ def record(function: Callable, *inputs: Tensor, differentiates: bool = False) ->
             out, but for those that the function makes by :func:`own_detach`.
 
     Raises:
+        DynamicSizeError: the function selects by values of a tensor that depends on the inputs, as by a mask.
         RuntimeError: the function asks for the values of a tensor that depends on the inputs or on something random, or
             that requires a gradient, as a branch on it does; or it writes into a tensor that it closed over, or in a
             way that is not known here.
@@ -240,7 +245,8 @@ class _Recorder(TorchDispatchMode):
             # Values decide how large the result is; those of an index by numbers do not.
             is_mask = [tensor.dtype in (torch.bool, torch.uint8) for tensor in tensors]
             deciding = tensors if func is not aten.index.Tensor else itertools.compress(tensors[1:], is_mask[1:])
-            self.check_known(f"the size of what {func.name()} returns", *deciding)
+            if not all(self._value(tensor).is_known for tensor in deciding):
+                raise DynamicSizeError(f"the size of what {func.name()} returns depends on latents or arguments")
         is_known = torch.Tag.nondeterministic_seeded not in func.tags
         is_known = is_known and all(self._value(tensor).is_known for tensor in tensors)
         if torch.Tag.inplace_view in func.tags:

@@ -27,6 +27,7 @@ from pyro_sivism.target.paths import (
     tolerance,
     values_at,
 )
+from pyro_sivism.target.recording import DynamicSizeError
 from pyro_sivism.target.runs import ModelRuns
 
 __all__ = ["Replays"]
@@ -102,11 +103,15 @@ class Replays:
             if self._num_recordings >= _MAX_RECORDINGS:
                 raise CaptureError("numbers or arrays that the graph holds keep changing")
             self._num_recordings += 1
-            captured = CapturedDensity(
-                self._runs, self._init, in_plate=path == "captured_plate", factors_out=self._factors_out
-            )
-            self._captures[key] = captured
+            captured = self._captures[key] = self._record(path)
         return captured
+
+    def _record(self, path: str) -> CapturedDensity:
+        how = {"in_plate": path == "captured_plate", "factors_out": self._factors_out}
+        try:
+            return CapturedDensity(self._runs, self._init, **how)
+        except DynamicSizeError:
+            return CapturedDensity(self._runs, self._init, **how, holds_arguments=True)
 
     # --- checks -------------------------------------------------------------------------------------
 

@@ -676,12 +676,17 @@ def test_a_draw_that_does_not_count_for_the_model_either_is_no_fault(monkeypatch
 
 
 @pytest.mark.parametrize(
-    "select",
-    [lambda y: y[y > 0], lambda y: y.unique(), lambda y: torch.tensor([v for v in y if v > 0])],
+    ("select", "path"),
+    [
+        (lambda y: y[y > 0], "captured"),
+        (lambda y: y.unique(), "captured"),
+        (lambda y: torch.tensor([v for v in y if v > 0]), "vmap"),
+    ],
     ids=["mask", "unique", "list"],
 )
-def test_how_many_data_are_selected_is_never_frozen(select):
-    """A count that stays as it was when the data change for the first time, and no more when they change again."""
+def test_how_many_data_are_selected_is_never_frozen(select, path):
+    """A count that stays as it was when the data change for the first time, and no more when they change again. Where
+    the graph holds the data it is recorded anew."""
 
     def model(y):
         a = pyro.sample("a", dist.Normal(0.0, 1.0))
@@ -693,6 +698,34 @@ def test_how_many_data_are_selected_is_never_frozen(select):
     for other in (y + 0.01, torch.tensor([1.0, 2.0, 3.0, 4.0]), -y):
         assert target.rebind((other,))
         assert_as_the_loop(target)
+        assert target.path.name == path
+    other.mul_(-1.0)  # in place
+    assert_as_the_loop(target)
+
+
+def test_the_same_data_in_another_tensor_are_not_recorded_anew():
+    def model(y):
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(a, 1.0).expand([int((y > 0).sum())]).to_event(1), obs=y[y > 0])
+
+    def selects(y):
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        kept = y[y > 0]
+        with pyro.plate("data", len(kept)):
+            pyro.sample("y", dist.Normal(a, 1.0), obs=kept)
+
+    y = torch.tensor([0.3, -1.2, 0.8, 2.0])
+    assert make_target(model, y).path.name == "vmap"  # it asks for a value as well
+    target = make_target(selects, y)
+    graph = target.captured_graph("score")
+    for _ in range(20):
+        assert target.rebind((y.clone(),))
+        target.score(points(target))
+    assert target.captured_graph("score") is graph
+    for shift in torch.arange(1.0, 12.0):  # others are, but not for ever
+        assert target.rebind((y - 0.1 * shift,))
+        assert_as_the_loop(target)
+    assert "keep changing" in target.path.reason
 
 
 @pytest.mark.parametrize(
