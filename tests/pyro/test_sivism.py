@@ -693,10 +693,10 @@ def test_a_run_without_a_length_ends_when_it_has_settled():
     assert last.by_chains
     assert last.moment_error <= 0.05
     assert last.divergence <= 0.2
-    assert fit.num_steps == last.num_steps == 150 * 2 ** len(between)
+    assert fit.num_steps == last.num_steps == 300 * 2 ** len(between)
     assert fit.verdict.level == "good"
     again = sivism.run(None, progress_bar=False)
-    assert again.num_steps == 150 * 2 ** (len(again.evidence) - 2), "who asks for more gets more"
+    assert again.num_steps == 300 * 2 ** (len(again.evidence) - 2), "who asks for more gets more"
 
 
 @pytest.mark.usefixtures("small_recipe")
