@@ -42,7 +42,7 @@ from pyro_sivism.prototype import Prototype
 from pyro_sivism.sites import plates_around
 from pyro_sivism.target import Target
 from pyro_sivism.target.arguments import Arguments
-from pyro_sivism.target.paths import direction
+from pyro_sivism.target.paths import PARTICLE_ERRORS, direction
 from pyro_sivism.target.runs import ModelRuns
 
 __all__ = [
@@ -140,12 +140,16 @@ def loose_sites(
     with _leaving_no_trace(), torch.no_grad(), pyro.validation_enabled(False), poutine.block():
         for i in range(len(next(iter(draws.values())))):
             given = poutine.condition(model, data={name: values[i] for name, values in draws.items()})
-            nodes = poutine.trace(poutine.reparam(given, config=config)).get_trace(*args, **(kwargs or {})).nodes
+            try:
+                nodes = poutine.trace(poutine.reparam(given, config=config)).get_trace(*args, **(kwargs or {})).nodes
+            except PARTICLE_ERRORS:  # the model fails at this draw, as where a matrix is not positive definite
+                continue
             for site in sites:
                 last = list(site.config)[-1]
                 name = next(name for name in (f"{last}_decentered", f"{last}_base") if name in nodes)
                 spreads.setdefault(site.name, []).append(nodes[name]["value"])
-    return tuple(site for site in sites if torch.stack(spreads[site.name]).var(0).mean() > _LOOSE_VARIANCE)
+    variances = {name: torch.stack(values).var(0).mean() for name, values in spreads.items()}
+    return tuple(site for site in sites if variances.get(site.name, 0.0) > _LOOSE_VARIANCE)
 
 
 def centered_sites(model: Callable, *args: Any, **kwargs: Any) -> tuple[CenteredSite, ...]:
