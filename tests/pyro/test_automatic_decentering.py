@@ -19,13 +19,13 @@ from pyro.infer import MCMC, Predictive, Trace_ELBO
 from pyro.infer.autoguide.initialization import init_to_value
 from pyro.infer.mcmc.util import initialize_model
 from pyro.infer.reparam import LocScaleReparam
+from schools import EFFECT, STANDARD_ERROR, eight_schools
 
 from pyro_sivism import SIVISM, BatchAndMatch, FixedGaussian, SemiImplicitGuide, compare_with_nuts, decenter, nuts_from
 from pyro_sivism.errors import ArgumentError, ModelError, NonFiniteError, NotSetUpError
 from pyro_sivism.family import Preconditioner
+from pyro_sivism.reparametrization import centered_sites, loose_sites
 
-EFFECT = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
-STANDARD_ERROR = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
 DATA = EFFECT, STANDARD_ERROR
 OWN_SHAPES = {"mu": (), "tau": (), "theta": (8,)}
 
@@ -33,15 +33,6 @@ pytestmark = [
     # ArviZ 0.2x reads attributes that newer xarray and numpy deprecate.
     pytest.mark.filterwarnings("ignore::DeprecationWarning:arviz.*"),
 ]
-
-
-def eight_schools(effect, standard_error):
-    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
-    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
-    with pyro.plate("school", len(effect)):
-        theta = pyro.sample("theta", dist.Normal(mu, tau))
-        pyro.deterministic("twice", 2.0 * theta)
-        pyro.sample("effect", dist.Normal(theta, standard_error), obs=effect)
 
 
 def theta_of(values):
@@ -165,6 +156,25 @@ def test_groups_with_plenty_of_data_are_fitted_as_they_are(discrepancy, is_tried
     assert sivism.guide.layout.names == ("mean", "spread", "value")
     assert sivism.model is plenty
     assert sivism.run(0, y, progress_bar=False).preconditioner is of_centered
+
+
+@pytest.mark.parametrize("fails_from", [1.0, -torch.inf])
+def test_draws_at_which_the_model_fails_do_not_cost_the_fit(fails_from):
+    """Some of them, or all."""
+
+    def model(y):
+        tau = pyro.sample("tau", dist.HalfNormal(1.0))
+        theta = pyro.sample("theta", dist.Normal(torch.zeros(3), tau).to_event(1))
+        if is_set_up and theta[0] > fails_from:
+            raise torch.linalg.LinAlgError("not positive definite")
+        pyro.sample("y", dist.Normal(theta, 1.0).to_event(1), obs=y)
+
+    is_set_up, y = False, torch.tensor([1.0, -1.0, 0.5])
+    sites = centered_sites(model, y)
+    is_set_up = True
+    draws = {"tau": torch.ones(40), "theta": torch.randn(40, 3)}
+    loose = loose_sites(model, sites, draws, (y,))
+    assert [site.name for site in loose] == ["theta"] * (fails_from > 0)
 
 
 @pytest.mark.parametrize(("discrepancy", "goes_over"), [(0.15, False), (0.25, True)])

@@ -11,6 +11,7 @@ from pyro import poutine
 from pyro.infer import Predictive
 from pyro.infer.reparam import LocScaleReparam
 from pyro.nn import PyroModule, PyroSample
+from schools import EFFECT, STANDARD_ERROR, eight_schools
 
 from pyro_sivism import SIVISM, FixedGaussian, compare_with_nuts, decenter, nuts_from
 from pyro_sivism.errors import ArgumentError
@@ -18,23 +19,12 @@ from pyro_sivism.inference_data import split_keywords
 from pyro_sivism.layout import LatentLayout
 from pyro_sivism.own_sites import OwnSites, own_sites_first
 
-EFFECT = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
-STANDARD_ERROR = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
 SCHOOLS = [f"school {i}" for i in range(8)]
 
 pytestmark = [
     # ArviZ 0.2x reads attributes that newer xarray and numpy deprecate.
     pytest.mark.filterwarnings("ignore::DeprecationWarning:arviz.*"),
 ]
-
-
-def eight_schools(effect, standard_error):
-    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
-    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
-    with pyro.plate("school", len(effect)):
-        theta = pyro.sample("theta", dist.Normal(mu, tau))
-        pyro.deterministic("is_positive", (theta > 0.0).float())
-        pyro.sample("effect", dist.Normal(theta, standard_error), obs=effect)
 
 
 def started(model, *args, dim):
@@ -71,7 +61,7 @@ def test_the_latents_are_the_decentered_ones_and_the_score_is_fast(schools):
 def test_the_inference_data_has_the_models_own_sites_first(schools):
     idata = schools.to_inference_data(num_samples=30, coords={"school": SCHOOLS})
     for group in ("posterior", "prior"):
-        assert list(idata[group].data_vars) == ["mu", "tau", "theta", "is_positive", "theta_decentered"]
+        assert list(idata[group].data_vars) == ["mu", "tau", "theta", "twice", "theta_decentered"]
     theta = idata["posterior"]["theta"]
     assert theta.dims == ("chain", "draw", "school")
     assert list(theta["school"].values) == SCHOOLS
