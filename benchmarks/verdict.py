@@ -38,7 +38,7 @@ from record import versions
 from torch import Tensor
 from torch.distributions import Chi2, Gamma
 
-from pyro_sivism.diagnostics import drift_statistics, find_modes, judge, stein_statistics, tail_indices
+from pyro_sivism.diagnostics import Chains, drift_statistics, find_modes, judge, stein_statistics, tail_indices
 from pyro_sivism.errors import SivismError
 from pyro_sivism.family import BatchAndMatch, TargetDensity
 from pyro_sivism.layout import LatentLayout
@@ -302,7 +302,7 @@ def judge_draws(target: TargetDensity, x: Tensor, labels: list[str] | None) -> t
         quick = judge(stein, labels=labels)
         full = judge(
             stein,
-            drift=drift_statistics(target, x, num_chains=NUM_CHAINS),
+            drift=drift_statistics(Chains(target, x, NUM_CHAINS)),
             modes=find_modes(target, x),
             tails=tail_indices(target, x),
             labels=labels,

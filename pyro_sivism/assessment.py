@@ -1,20 +1,19 @@
 """The verdict on a fit: fresh draws of q, the model's scores there, and the instruments of ``diagnostics``.
 
 :func:`assess` is what a run ends with. :func:`gather_evidence` is the part of it from which a run decides whether to
-go on.
+go on, and :func:`distance_to_chains` what it then goes on with.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pyro_sivism.diagnostics import (
-    DriftStatistics,
+    Chains,
     FisherStatistics,
     Verdict,
     drift_statistics,
@@ -28,12 +27,12 @@ from pyro_sivism.diagnostics import (
 from pyro_sivism.diagnostics.moments import LARGE_ERROR
 from pyro_sivism.errors import ArgumentError, NonFiniteError
 from pyro_sivism.family import AffineMap, GaussianFit, SemiImplicit
-from pyro_sivism.objectives import Objective
+from pyro_sivism.objectives import Objective, SlicedDistance
 from pyro_sivism.stopping import Evidence, StoppingRule
 from pyro_sivism.target import Target
 from pyro_sivism.target.anchored import AnchoredTarget
 
-__all__ = ["assess", "gather_evidence"]
+__all__ = ["assess", "distance_to_chains", "gather_evidence"]
 
 _MIN_DRAWS, _MAX_DRAWS, _DRAWS_PER_DIM = 2048, 8192, 64
 _NUM_UNSCORED_DRAWS = 6144  # which cost nothing: what chains are compared with is then known better than they are
@@ -42,9 +41,10 @@ _NUM_LARGE_CHAINS = 96  # beyond D = 256, where each of their steps costs more: 
 _NUM_DECIDING_TRAJECTORIES = 32  # of chains that decide where scores disagree
 _EVIDENCE = {"max_trajectories": 4}
 _PROOF = {"min_trajectories": _NUM_DECIDING_TRAJECTORIES, "large_error": 0.05}
-_RULED_OUT = (0.12, 0.04)  # an error of a moment, in sds or log2, and a distance: what the verdict asks for is less
+_RULED_OUT = (0.14, 0.04)  # an error of a moment, in sds or log2, and a distance: what the verdict asks for is less
 _NUM_MINIBATCHES = 16
 _MAX_PROVEN_DIM = 256  # beyond, chains are too few to rule much out
+_NUM_TRAJECTORIES_TO_FOLLOW = 16
 _MAX_MODE_SEARCH_DIM = 256  # beyond, climbs from everywhere cost more than the fit
 
 
@@ -85,7 +85,7 @@ def assess(
     return judge(
         stein_statistics(x, score, num_blocks=num_blocks),
         fisher=fisher,
-        drift=_drift(target, draws, min_trajectories=min_trajectories) if exact else None,
+        drift=drift_statistics(_chains(target, draws), min_trajectories=min_trajectories) if exact else None,
         modes=find_modes(target, draws, extra_starts=ends) if seeks_modes else None,
         tails=tail_indices(target, x) if seeks_modes else None,
         labels=target.layout.coordinate_names,
@@ -122,10 +122,9 @@ def _with_more(x: Tensor, affine: AffineMap, family: SemiImplicit) -> Tensor:
     return torch.cat([x, affine.forward(family.rsample(_NUM_UNSCORED_DRAWS).x)])
 
 
-def _drift(target: Target | AnchoredTarget, draws: Tensor, **how: Any) -> DriftStatistics:
-    """Where chains from the first draws go, beside all of them."""
-    num_chains = _NUM_CHAINS if target.dim <= 256 else _NUM_LARGE_CHAINS
-    return drift_statistics(target, draws, num_chains=num_chains, **how)
+def _chains(target: Target | AnchoredTarget, draws: Tensor) -> Chains:
+    """From the first of the draws."""
+    return Chains(target, draws, _NUM_CHAINS if target.dim <= 256 else _NUM_LARGE_CHAINS)
 
 
 def _scores(target: Target | AnchoredTarget, x: Tensor, num_blocks: int) -> Tensor:
@@ -145,9 +144,11 @@ def gather_evidence(
     objective: Objective,
     num_steps: int,
     rule: StoppingRule,
-) -> Evidence:
+) -> tuple[Evidence, Chains | None]:
     """How far q is from the posterior after ``num_steps`` steps; infinitely far where the target is not finite at most
     draws. The other arguments are those of :func:`assess`, of whose instruments it uses those that look at moments.
+    And the chains that have run, if any.
+
     Chains, which are dear, run only where they decide whether the run ends, and are short where scores agree. The
     verdict has its own: a run that ends when chains find nothing has been chosen for what these, by chance, miss.
     """
@@ -161,11 +162,47 @@ def gather_evidence(
         evidence = Evidence(num_steps, errors.largest(), fisher.bulk)
         wants_proof = rule.wants_proof(evidence) and target.dim <= _MAX_PROVEN_DIM
         if target.is_subsampled or evidence.moment_error >= LARGE_ERROR or not (wants_proof or rule.may_end(evidence)):
-            return evidence
-        how = _PROOF if wants_proof else _EVIDENCE
-        drift = _drift(target, _with_more(x, affine, family), **how)
+            return evidence, None
+        chains = _chains(target, _with_more(x, affine, family))
+        drift = drift_statistics(chains, **(_PROOF if wants_proof else _EVIDENCE))
     except (ArgumentError, NonFiniteError):  # too few draws left, or no spread in them
-        return Evidence(num_steps, moment_error=math.inf, divergence=math.inf)
+        return Evidence(num_steps, moment_error=math.inf, divergence=math.inf), None
     moment_error = max(drift.limit(errors).largest(), drift.coordinates.largest())
     is_ruled_out = wants_proof and drift.rules_out(*_RULED_OUT)
-    return replace(evidence, moment_error=moment_error, by_chains=True, is_ruled_out=is_ruled_out)
+    return replace(evidence, moment_error=moment_error, by_chains=True, is_ruled_out=is_ruled_out), chains
+
+
+@torch.no_grad()
+def distance_to_chains(
+    target: Target | AnchoredTarget,
+    affine: AffineMap,
+    family: SemiImplicit,
+    num_draws: int,
+    chains: Chains | None = None,
+) -> SlicedDistance | None:
+    """How far ``num_draws`` draws of q are from where chains go from such draws, in the whitened space.
+
+    Every trajectory brings the law of the chains nearer to the posterior, so that this is a way for q to go (Li,
+    Turner, Liu, "Approximate inference with amortised MCMC", arXiv 1702.08343). None where no chains can be run: the
+    target draws random minibatches, is not finite at most draws, or has more than 256 dimensions, of which so few
+    chains say too little.
+
+    Args:
+        target: the model's density.
+        affine: x from the whitened y, in which ``family`` draws.
+        family: q.
+        num_draws: in a batch of the guide's.
+        chains: from q's draws, which are run on if they are short; new ones if None.
+    """
+    if target.is_subsampled or target.dim > _MAX_PROVEN_DIM:
+        return None
+    try:
+        if chains is None:
+            chains = _chains(target, affine.forward(family.rsample(_NUM_UNSCORED_DRAWS).x))
+    except (ArgumentError, NonFiniteError):  # no spread in the draws, or too few left
+        return None
+    late = chains.run(_NUM_TRAJECTORIES_TO_FOLLOW).late.flatten(0, 1)
+    points = affine.inverse(chains.frame.affine.forward(late).to(affine.loc))
+    # A step along v in y moves x_i by (A v)_i: most along row i of A.
+    rows = affine.linear(torch.eye(target.dim).to(affine.loc)).mT
+    return SlicedDistance(points, rows / rows.norm(dim=-1, keepdim=True), num_draws)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from pyro_sivism.assessment import gather_evidence
+from pyro_sivism.assessment import distance_to_chains, gather_evidence
+from pyro_sivism.diagnostics import Chains
 from pyro_sivism.distributed import Ranks
 from pyro_sivism.family import AffineMap
 from pyro_sivism.results import History, Seconds
@@ -18,6 +19,8 @@ from pyro_sivism.target.anchored import AnchoredTarget
 from pyro_sivism.training import STEPS_BEFORE_COMPILING, Training
 
 __all__ = ["Cycles"]
+
+_STEPS_TO_FOLLOW = 300  # the same chains
 
 
 @dataclass
@@ -48,14 +51,34 @@ class Cycles:
 
     def take(self, number: int) -> bool:
         """One cycle of so many steps; whether it was cut short."""
+        self._begin(number)
+        return self._advance(number, number)
+
+    def _take_following(self, number: int, chains: Chains | None) -> bool:
+        """One cycle in which q follows these chains from its draws, or new ones, and new ones every 300 steps.
+
+        Where chains are slow they are not far ahead of q, and old ones would hold it back.
+        """
+        self._begin(number)
+        for left in range(number, 0, -_STEPS_TO_FOLLOW):
+            self.ranks.together(self._follow, chains)
+            if self._advance(min(left, _STEPS_TO_FOLLOW), left):
+                return True
+            chains = None
+        return False
+
+    def _begin(self, number: int) -> None:
         self.on_cycle(number)
         self.training.plan(number)
+
+    def _advance(self, number: int, left: int) -> bool:
+        """So many steps of those that are left of a cycle; whether they were cut short."""
         with self.seconds.of("steps"):
             started = time.perf_counter()
             for taken in range(1, number + 1):
                 self.history.add(self.ranks.together(self.training.advance))
                 if taken == STEPS_BEFORE_COMPILING:
-                    self.training.compile_if_repaid(number - taken, (time.perf_counter() - started) / taken)
+                    self.training.compile_if_repaid(left - taken, (time.perf_counter() - started) / taken)
                 if self.ranks.together(self.ranks.any, self.on_step()):
                     return True
             self.history.read()
@@ -70,28 +93,44 @@ class Cycles:
         # In the noise of random minibatches no error is sure, which is no evidence that there is none.
         is_noisy = self.target.is_subsampled and not isinstance(self.target, AnchoredTarget)
         rule = StoppingRule(self.target.dim, self.training.recipe.max_steps, goes_on=goes_on or is_noisy)
-        while True:
-            found = self._gather_evidence(rule)
-            self.evidence.append(found)
-            length = rule.next_cycle(found, is_moving=is_noisy or bool(self.training.drifting_model_params()))
-            if rule.last_is_best:
-                best = self.training.snapshot()
-            if self.ranks.together(self.ranks.any, length == 0):
-                break
-            if self.take(length):
-                return True
+        try:
+            while True:
+                found, chains = self._gather_evidence(rule)
+                self.evidence.append(found)
+                length = rule.next_cycle(found, is_moving=is_noisy or bool(self.training.drifting_model_params()))
+                if rule.last_is_best:
+                    best = self.training.snapshot()
+                if self.ranks.together(self.ranks.any, length == 0):
+                    break
+                if self.training.objective.follows_chains and not rule.is_settled(found):
+                    is_cut_short = self._take_following(length, chains)
+                else:
+                    self.training.follow(None)
+                    is_cut_short = self.take(length)
+                if is_cut_short:
+                    return True
+        finally:
+            self.training.follow(None)
         if not rule.last_is_best:
             self.training.restore(best)
         return False
 
-    def _gather_evidence(self, rule: StoppingRule) -> Evidence:
-        """Where the fit stands; the same on all ranks."""
+    def _follow(self, chains: Chains | None) -> None:
+        """Let the next steps follow these chains from q's draws, or new ones."""
+        training = self.training
+        with self.seconds.of("chains"):
+            training.follow(
+                distance_to_chains(self.target, self.affine, training.averaged, training.num_own_particles, chains)
+            )
+
+    def _gather_evidence(self, rule: StoppingRule) -> tuple[Evidence, Chains | None]:
+        """Where the fit stands, the same on all ranks, and the chains that say so, if any have run."""
         training = self.training
         with self.seconds.of("evidence"), self.ranks.same_random_numbers():
-            found = gather_evidence(
+            found, chains = gather_evidence(
                 self.target, self.affine, training.averaged, training.objective, training.num_steps, rule
             )
         numbers = torch.tensor([found.moment_error, found.divergence], dtype=torch.double)
         self.ranks.together(self.ranks.broadcast_, [numbers])
         moment_error, divergence = numbers.tolist()
-        return replace(found, moment_error=moment_error, divergence=divergence)
+        return replace(found, moment_error=moment_error, divergence=divergence), chains

@@ -1,6 +1,7 @@
 """When a run without a length has gone on long enough.
 
-Such a run is a sequence of *cycles*, each as long as all before it: 300 steps, 300, 600, 1,200, ... In each the
+Such a run is a sequence of *cycles*, each as long as all before it: 300 steps, 300, 600, 1,200, ... Where q is not
+settled before one, it follows chains, too (:func:`~pyro_sivism.assessment.distance_to_chains`). In each the
 learning rate falls to nearly zero (Loshchilov and Hutter, "SGDR: stochastic gradient descent with warm restarts", ICLR
 2017), so that q is at its best at the end, and no schedule needs to know the length of the run. There q is judged on
 fresh draws and the scores there, never by the losses of the steps, and the run ends when q
@@ -94,7 +95,12 @@ class StoppingRule:
     def wants_proof(self, evidence: Evidence) -> bool:
         """Whether only the Fisher divergence keeps the run from ending, which chains may show not to matter."""
         can_go_on = self._last is not None and self._num_steps < self.max_steps
-        return can_go_on and evidence.moment_error <= _SMALL_MOMENT_ERROR and not self.may_end(evidence)
+        is_tolerable = evidence.moment_error <= _TOLERABLE * _SMALL_MOMENT_ERROR
+        return can_go_on and is_tolerable and not self.may_end(evidence)
+
+    def is_settled(self, evidence: Evidence) -> bool:
+        """Whether no moment is off and the Fisher divergence is small, so that the objective alone takes q on best."""
+        return _is_settled(evidence, self._small_divergence)
 
     def next_cycle(self, evidence: Evidence, *, is_moving: bool = False) -> int:
         """How many steps to go on for after this evidence; 0 to end.
@@ -122,7 +128,7 @@ class StoppingRule:
         if self._last is None:
             matched = min(_MATCHED_PER_DIM * self._dim, _MAX_MATCHED)
             return not self._goes_on and _is_settled(evidence, matched)
-        return evidence.is_ruled_out or _is_settled(evidence, self._small_divergence) or self._has_stalled(evidence)
+        return evidence.is_ruled_out or self.is_settled(evidence) or self._has_stalled(evidence)
 
     def _is_clearly_worse(self, evidence: Evidence, best: Evidence) -> bool:
         """By more than separates one good q from the next. What chains alone have seen in one of them does not count.

@@ -3,7 +3,8 @@
 One step is
 
 1. ``critic_steps`` times: draw from q without gradients, and move the critic down its loss;
-2. once: draw from q with gradients, ask the objective for the guide's loss, and move the family down it;
+2. once: draw from q with gradients, ask the objective for the guide's loss, and move the family down it; down the
+   distance to chains, too, where a run has such to follow;
 3. average the family's weights into those that are reported;
 4. if the model has learnable parameters, move them up E_q[log p] (variational EM).
 
@@ -28,7 +29,7 @@ from pyro_sivism.devices import is_at_hand
 from pyro_sivism.distributed import Ranks
 from pyro_sivism.errors import CompileError, CompileWarning, ModelError, NonFiniteError, NonFiniteWarning
 from pyro_sivism.family import SemiImplicit, TargetDensity
-from pyro_sivism.objectives import GuideLoss, Objective
+from pyro_sivism.objectives import GuideLoss, Objective, SlicedDistance
 from pyro_sivism.optimizers import OptimizerLike, Stepper, clip_gradients, make_stepper, nonfinite_gradient
 from pyro_sivism.recipe import Recipe
 from pyro_sivism.results import Seconds, StepInfo, StepReport
@@ -108,6 +109,7 @@ class Training:
         self._averaged_params: list[Tensor] = list(averaged.parameters())
         self._buffers = list(zip(averaged.buffers(), family.buffers()))
         self._compiled: CompiledGradients | None = None
+        self._distance: SlicedDistance | None = None
         self._skipped: dict[str, Tensor] = {}  # whose update was skipped since the last look, where nobody has seen it
         self._model_stepper: Stepper | None = None
         self._model_drift: dict[str, tuple[Tensor, Tensor]] = {}
@@ -136,6 +138,20 @@ class Training:
     def plan(self, num_steps: int | None) -> None:
         """Let the learning rate fall over the next ``num_steps`` steps, or stay constant if None."""
         self._schedule = None if num_steps is None else (self.num_steps, num_steps)
+
+    @property
+    def num_own_particles(self) -> int:
+        """This rank's draws in a batch."""
+        return self._num_particles
+
+    def follow(self, distance: SlicedDistance | None) -> None:
+        """Let steps to come lower this distance of q's draws, too, with the objective's loss."""
+        if distance is not None and self._distance is not None:
+            self._distance.copy_(distance)  # where compiled steps read it
+            return
+        if self._compiled is not None and distance is not self._distance:
+            self._compiled, self._compiles = None, True
+        self._distance = distance
 
     def compile_if_repaid(self, steps_left: int, seconds_per_step: float) -> None:
         """Compile where the seconds it usually saves exceed those it usually takes by far."""
@@ -253,9 +269,10 @@ class Training:
     def _own_guide_gradients(self) -> list[Any]:
         sample = self.family.rsample(self._num_particles)
         losses = self.objective.guide_loss(sample, self.num_steps)
+        loss = losses.loss if self._distance is None else losses.loss + self._distance(sample.x)
         num_counted = self._num_particles - losses.num_nonfinite  # before the backward pass counts its own
         params = list(self._guide_stepper.params.values())
-        gradients = torch.autograd.grad(losses.loss, params, allow_unused=True, materialize_grads=self.ranks.size > 1)
+        gradients = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=self.ranks.size > 1)
         return [*gradients, losses.fisher_divergence, num_counted, losses.num_nonfinite, sample.x.detach()]
 
     def _run(self, index: int, function: Callable[[], list[Any]]) -> Sequence[Any]:

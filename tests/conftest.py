@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import pyro
 import pytest
 import torch
+
+from pyro_sivism.recipe import Recipe
 
 torch.set_num_threads(1)
 
@@ -46,3 +49,22 @@ def no_warnings():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
+
+
+@pytest.fixture
+def small_recipe(monkeypatch):
+    """Tiny networks and no warm-up, for tests of behaviour and not of accuracy."""
+    for_dim = Recipe.for_dim
+
+    def small(cls, dim):
+        return replace(
+            for_dim(dim),
+            max_steps=400,
+            num_particles=16,
+            critic_steps=1,
+            critic_warmup_steps=5,
+            guide_hidden_dims=(8,),
+            critic_hidden_dims=(8,),
+        )
+
+    monkeypatch.setattr(Recipe, "for_dim", classmethod(small))

@@ -1,5 +1,6 @@
 """Is the fit right? Pure functions of draws, scores and densities, and the verdict that combines them."""
 
+from pyro_sivism.diagnostics.chains import Chains
 from pyro_sivism.diagnostics.drift import DriftStatistics, drift_statistics
 from pyro_sivism.diagnostics.fisher import FisherStatistics, fisher_statistics
 from pyro_sivism.diagnostics.modes import Mode, ModeSearch, find_modes
@@ -9,6 +10,7 @@ from pyro_sivism.diagnostics.tails import TailIndices, tail_indices
 from pyro_sivism.diagnostics.verdict import Finding, Thresholds, Verdict, is_alarming, judge
 
 __all__ = [
+    "Chains",
     "DriftStatistics",
     "Finding",
     "FisherStatistics",

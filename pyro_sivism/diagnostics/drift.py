@@ -1,17 +1,15 @@
 """Where Hamiltonian Monte Carlo takes the draws of q: a fit that is right stays where it is.
 
-Every draw of q starts a chain of a few trajectories that leave p invariant (Duane, Kennedy, Pendleton, Roweth,
-"Hybrid Monte Carlo", Physics Letters B 1987). If q = p, the ends are distributed as the starts, whatever p, so that any
-change of a moment beyond Monte Carlo noise is an error of q. Curvature, skewness, tails and cut-off supports, which
-low-order statistics of draws and scores cannot see, all show.
+Every draw of q starts a chain of a few trajectories that leave p invariant (``chains.py``). If q = p, the ends are
+distributed as the starts, whatever p, so that any change of a moment beyond Monte Carlo noise is an error of q.
+Curvature, skewness, tails and cut-off supports, which low-order statistics of draws and scores cannot see, all show.
 
 The distribution functions of each coordinate are compared as well, for what moments leave open.
 
 What q lacks is often a tail, or the narrow end of a curved ridge, that no chain starts in: moments then move long after
-the chains have forgotten where they started. Steps are therefore smaller than q's own draws ask for, as p may be more
-curved where q has none; trajectories of a time up to about pi, in the frame that whitens q, go to the other side of q
-and beyond; and there are more of them where something is found, twice as many each time, until it is nothing or
-certain. What is compared with the draws are the chains in the second half of their trajectories.
+the chains have forgotten where they started. There are therefore more trajectories where something is found, twice as
+many each time, until it is nothing or certain. What is compared with the draws are the chains in the second half of
+their trajectories.
 
 Slow chains go part of the way. If a coordinate g has correlation rho between starts and ends, its mean relaxes as
 ``E_t[g] - E_p[g] = rho (E_0[g] - E_p[g])``, exactly so for an eigenfunction of the chain, and hence
@@ -25,26 +23,18 @@ verdict says that nothing can be said. ``modes.py`` looks for modes.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyro_sivism.diagnostics.moments import CUT_OFF, LARGE_ERROR, Frame, MomentErrors, finite_rows
+from pyro_sivism.diagnostics.chains import Chains
+from pyro_sivism.diagnostics.moments import CUT_OFF, LARGE_ERROR, Frame, MomentErrors
 from pyro_sivism.diagnostics.stein import WorstDirection
 from pyro_sivism.diagnostics.two_sample import kolmogorov_smirnov
-from pyro_sivism.family import TargetDensity, WhitenedTarget
 
 __all__ = ["DriftStatistics", "drift_statistics"]
 
-_TRAJECTORY_TIME = math.pi
-_MAX_LEAPFROG_STEPS = 48
-_NUM_PILOTS = 256
-_MAX_HALVINGS = 6
-# The acceptance for which steps are halved, and the one that is enough once more steps would cut trajectories short.
-_WANTED_ACCEPTANCE, _ENOUGH_ACCEPTANCE = 0.92, 0.7
 _FIRST_TRAJECTORIES, _MAX_TRAJECTORIES = 8, 32
 _FORGOTTEN = 0.4  # a correlation with the starts
 _NOTHING = 0.05  # an error beyond chance; between it and a large one more trajectories may tell more
@@ -95,28 +85,22 @@ class DriftStatistics:
 
 
 def drift_statistics(
-    target: TargetDensity,
-    x: Tensor,
+    chains: Chains,
     *,
-    num_chains: int | None = None,
     min_trajectories: int = 0,
     max_trajectories: int = _MAX_TRAJECTORIES,
     large_error: float = LARGE_ERROR,
 ) -> DriftStatistics:
-    """Errors of q's moments from where chains take its draws ``x (N, D)``.
+    """Errors of q's moments from where chains take its draws.
+
+    512 chains from 8,192 draws give standard errors of .03 sds, at 50 to 200 evaluations a chain where nothing is
+    found.
 
     Args:
-        target: the log density and score that x lives in; exact, not a random minibatch.
-        x: independent draws of q, at least 50.
-        num_chains: how many of the draws, the first ones, start a chain; all if None. 512 of 8,192 give standard
-            errors of .03 sds, at 50 to 200 evaluations a chain where nothing is found.
-        min_trajectories, max_trajectories: of each chain. After 8, 16 and so on they end where an error beyond chance
-            is large, and where nothing is found after ``min_trajectories``.
+        chains: from draws of q; they are run on.
+        min_trajectories, max_trajectories: of each chain. After 8, 16 and so on, or half as many as the least, they end
+            where an error beyond chance is large, and where nothing is found after ``min_trajectories``.
         large_error: what is large, in sds or log2 of an sd.
-
-    Raises:
-        ArgumentError: too few draws, or a coordinate does not vary.
-        NonFiniteError: p is not finite at most draws.
 
     Example:
 
@@ -125,36 +109,16 @@ def drift_statistics(
         ...     def log_density_and_score(self, x):
         ...         return -0.5 * x.square().sum(-1), -x
         >>> _ = torch.manual_seed(0)
-        >>> errors = drift_statistics(Normal(), 1.0 + torch.randn(1024, 1)).coordinates
+        >>> errors = drift_statistics(Chains(Normal(), 1.0 + torch.randn(1024, 1))).coordinates
         >>> round(errors.mean.item())
         1
     """
-    starts = x[:num_chains]
-    log_density, score = target.log_density_and_score(starts)
-    finite = finite_rows(starts, log_density, score)
-    others = x[len(starts) :]
-    others = others[finite_rows(others)].double() if len(others) else others.double()
-    starts = starts[finite].double()
-    frame = Frame.of(torch.cat([starts, others]))
-    whitened = WhitenedTarget(target, frame.affine)
-    start = _State(
-        frame.affine.inverse(starts),
-        log_density[finite].double() + frame.affine.log_abs_det,
-        frame.affine.pull_back(score[finite].double()),
-    )
-    step_size, num_steps, num_evaluations = _tune(whitened, start)
-    before = torch.cat([start.y, frame.affine.inverse(others)])
-    end, acceptances = start, []
-    ends: list[Tensor] = []
-    num_trajectories = min(_FIRST_TRAJECTORIES, max_trajectories)
+    frame, before = chains.frame, torch.cat([chains.starts, chains.others])
+    num_trajectories = min(max(_FIRST_TRAJECTORIES, min_trajectories // 2), max_trajectories)
     while True:
-        while len(ends) < num_trajectories:
-            end, accepted = _trajectory(whitened, end, step_size, num_steps)
-            ends.append(end.y)
-            acceptances.append(accepted.mean().item())
-        late = torch.stack(ends[len(ends) // 2 :])
-        draws, chains = frame.along_coordinates(before), frame.along_coordinates(late)
-        coordinates, correlation = _moment_errors(draws, chains)
+        late = chains.run(num_trajectories).late
+        draws, arrived = frame.along_coordinates(before), frame.along_coordinates(late)
+        coordinates, correlation = _moment_errors(draws, arrived)
         found, forgotten = coordinates.largest(), bool(correlation.max() < _FORGOTTEN)
         is_nothing = found < _NOTHING and forgotten and num_trajectories >= min_trajectories
         if is_nothing or found > large_error or num_trajectories == max_trajectories:
@@ -164,63 +128,13 @@ def drift_statistics(
         coordinates=coordinates,
         direction=_worst_direction(frame, before, late),
         correlation=correlation,
-        distance=kolmogorov_smirnov(draws, chains.flatten(0, 1)),
-        acceptance=sum(acceptances) / len(acceptances),
-        stuck=(ends[-1] == start.y).all(-1).double().mean().item(),
-        num_evaluations=num_evaluations + len(finite) + num_trajectories * num_steps * len(starts),
-        num_draws=len(starts),
+        distance=kolmogorov_smirnov(draws, arrived.flatten(0, 1)),
+        acceptance=chains.acceptance,
+        stuck=chains.stuck,
+        num_evaluations=chains.num_evaluations,
+        num_draws=len(chains.starts),
         num_trajectories=num_trajectories,
     )
-
-
-class _State(NamedTuple):
-    """Points (N, D) with their log densities (N,) and scores (N, D)."""
-
-    y: Tensor
-    log_density: Tensor
-    score: Tensor
-
-    def where(self, keep: Tensor, other: _State) -> _State:
-        """Rows of self where ``keep (N,)``, of the other elsewhere."""
-        return _State(
-            torch.where(keep[:, None], self.y, other.y),
-            torch.where(keep, self.log_density, other.log_density),
-            torch.where(keep[:, None], self.score, other.score),
-        )
-
-
-def _tune(target: WhitenedTarget, start: _State) -> tuple[float, int, int]:
-    """A step size that nearly all draws accept, the number of leapfrog steps, and the evaluations that took."""
-    pilots = _State(*(values[:_NUM_PILOTS] for values in start))
-    step_size, num_evaluations = target.dim**-0.25, 0
-    for _ in range(_MAX_HALVINGS):
-        num_steps = min(_MAX_LEAPFROG_STEPS, math.ceil(_TRAJECTORY_TIME / step_size))
-        _, accepted = _trajectory(target, pilots, step_size, num_steps)
-        num_evaluations += num_steps * len(pilots.y)
-        enough = _ENOUGH_ACCEPTANCE if num_steps == _MAX_LEAPFROG_STEPS else _WANTED_ACCEPTANCE
-        if accepted.mean() >= enough:
-            break
-        step_size *= 0.5
-    return step_size, num_steps, num_evaluations
-
-
-def _trajectory(target: WhitenedTarget, start: _State, step_size: float, num_steps: int) -> tuple[_State, Tensor]:
-    """One leapfrog trajectory per row with its Metropolis decision, and the acceptance probabilities (N,)."""
-    # Each chain has its own step size: no period of the target is met by all, and some are small enough for necks.
-    step = step_size * (0.2 + torch.rand_like(start.log_density))[:, None]
-    momentum = torch.randn_like(start.y)
-    energy = start.log_density - 0.5 * momentum.square().sum(-1)
-    state, inside = start, torch.ones_like(start.log_density, dtype=torch.bool)
-    for _ in range(num_steps):
-        momentum = momentum + 0.5 * step * state.score
-        y = state.y + step * momentum
-        moved = _State(y, *target.log_density_and_score(y))
-        inside &= moved.log_density.isfinite() & moved.score.isfinite().all(-1)
-        state = moved.where(inside, state)  # a chain that has left the support stays, and is rejected below
-        momentum = momentum + 0.5 * step * state.score
-    change = state.log_density - 0.5 * momentum.square().sum(-1) - energy
-    acceptance = torch.where(inside, change, -torch.inf).nan_to_num(nan=-torch.inf).clamp(max=0.0).exp()
-    return state.where(torch.rand_like(acceptance) < acceptance, start), acceptance
 
 
 def _moment_errors(before: Tensor, late: Tensor) -> tuple[MomentErrors, Tensor]:

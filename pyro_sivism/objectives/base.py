@@ -86,6 +86,12 @@ class Objective:
         return recipe
 
     @property
+    def follows_chains(self) -> bool:
+        """Whether a run that ends by itself may add the distance from chains to the losses, which brings q there
+        sooner: Fisher divergences and KL(q, p) hardly see what q lacks."""
+        return True
+
+    @property
     def depends_on_step(self) -> bool:
         """Whether the losses change with the number of the step, so that a step cannot be compiled once for all."""
         return False

@@ -91,6 +91,11 @@ class FisherDivergence(Objective):
         return replace(recipe, critic_steps=max(3, recipe.critic_steps))
 
     @property
+    def follows_chains(self) -> bool:
+        """Not where the paper's game is asked for."""
+        return self.path_weight > 0
+
+    @property
     def depends_on_step(self) -> bool:
         return self.annealing_steps > 0
 

@@ -6,7 +6,6 @@ import copy
 import functools
 import math
 import warnings
-from dataclasses import replace
 
 import numpy as np
 import pyro
@@ -22,29 +21,9 @@ from pyro_sivism import SIVISM, FisherDivergence, FixedGaussian, PathGradientKL,
 from pyro_sivism.assessment import assess, gather_evidence
 from pyro_sivism.diagnostics import FisherStatistics, drift_statistics, stein_statistics
 from pyro_sivism.errors import ArgumentError, FitWarning, NonFiniteError, NonFiniteWarning
-from pyro_sivism.recipe import Recipe
 from pyro_sivism.stopping import Evidence, StoppingRule
 
 Y = torch.linspace(0.0, 2.0, 20)
-
-
-@pytest.fixture
-def small_recipe(monkeypatch):
-    """Tiny networks and no warm-up, for tests of behaviour and not of accuracy."""
-    for_dim = Recipe.for_dim
-
-    def small(cls, dim):
-        return replace(
-            for_dim(dim),
-            max_steps=400,
-            num_particles=16,
-            critic_steps=1,
-            critic_warmup_steps=5,
-            guide_hidden_dims=(8,),
-            critic_hidden_dims=(8,),
-        )
-
-    monkeypatch.setattr(Recipe, "for_dim", classmethod(small))
 
 
 def model(y):
@@ -706,7 +685,7 @@ def test_the_best_q_of_a_run_is_the_one_that_is_kept(monkeypatch):
     def ever_worse(target, affine, family, objective, num_steps, rule):
         seen.append(copy.deepcopy(family.state_dict()))
         found = {1: (0.4, 4.0), 2: (0.1, 1.0), 3: (0.3, 0.5)}[len(seen)]
-        return Evidence(num_steps, *found)
+        return Evidence(num_steps, *found), None
 
     monkeypatch.setattr("pyro_sivism.cycles.gather_evidence", ever_worse)
     sivism = quick(skewed)
@@ -722,7 +701,7 @@ def test_the_best_q_of_a_run_is_the_one_that_is_kept(monkeypatch):
 @pytest.mark.usefixtures("small_recipe")
 def test_a_run_ends_where_chains_rule_out_that_scores_matter(monkeypatch):
     def ruled_out(target, affine, family, objective, num_steps, rule):
-        return Evidence(num_steps, 0.02, 5.0, by_chains=num_steps > 0, is_ruled_out=num_steps > 0)
+        return Evidence(num_steps, 0.02, 5.0, by_chains=num_steps > 0, is_ruled_out=num_steps > 0), None
 
     monkeypatch.setattr("pyro_sivism.cycles.gather_evidence", ruled_out)
     with warnings.catch_warnings():
@@ -774,7 +753,8 @@ def test_evidence_has_long_chains_where_proof_is_wanted_and_short_ones_where_sco
 
     def gathered(divergence):
         scores.divergence, scores.chains = divergence, []
-        found = gather_evidence(*scores.q, 300, rule)
+        found, chains = gather_evidence(*scores.q, 300, rule)
+        assert (chains is not None) == found.by_chains
         lengths = [chains.num_trajectories for chains in scores.chains]
         assert (found.divergence, found.by_chains) == (divergence, bool(lengths))
         return lengths, found.is_ruled_out
@@ -787,12 +767,12 @@ def test_evidence_has_long_chains_where_proof_is_wanted_and_short_ones_where_sco
 
 
 def test_evidence_is_no_proof_where_chains_find_an_error(monkeypatch):
-    """A mean .15 sds off, of which Stein's statistics are told to see nothing: eight trajectories are enough."""
+    """A mean .15 sds off, of which Stein's statistics are told to see nothing: half of the trajectories are enough."""
     scores, rule = Scores(monkeypatch, mean=0.15), StoppingRule(1, 2400)
     rule.next_cycle(Evidence(0, 0.4, 3.0))
     scores.divergence = 0.5
-    found = gather_evidence(*scores.q, 300, rule)
-    assert [chains.num_trajectories for chains in scores.chains] == [8]
+    found, chains = gather_evidence(*scores.q, 300, rule)
+    assert [drift.num_trajectories for drift in scores.chains] == [chains.num_trajectories] == [16]
     assert not found.is_ruled_out
     assert 0.05 < found.moment_error < 0.15
 
@@ -826,7 +806,7 @@ def test_noise_of_minibatches_is_no_evidence_of_a_right_fit(monkeypatch):
         with pyro.plate("n", 6, subsample_size=3):
             pyro.sample("t", dist.Normal(0.0, 1.0))
 
-    monkeypatch.setattr("pyro_sivism.cycles.gather_evidence", lambda *args: Evidence(args[-2], 0.0, 0.0))
+    monkeypatch.setattr("pyro_sivism.cycles.gather_evidence", lambda *args: (Evidence(args[-2], 0.0, 0.0), None))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FitWarning)  # tiny networks
         fit = quick(model, 6).run(None, progress_bar=False)
@@ -841,7 +821,7 @@ def test_a_run_without_a_length_goes_on_while_the_model_is_learned(monkeypatch):
             t = pyro.sample("t", dist.Normal(center, 1.0))
             pyro.sample("y", dist.Normal(t, 0.5), obs=y)
 
-    monkeypatch.setattr("pyro_sivism.cycles.gather_evidence", lambda *args: Evidence(args[-2], 0.0, 0.0))
+    monkeypatch.setattr("pyro_sivism.cycles.gather_evidence", lambda *args: (Evidence(args[-2], 0.0, 0.0), None))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FitWarning)
         fit = quick(model, 5).run(None, 30.0 + torch.randn(5), progress_bar=False)

@@ -14,7 +14,7 @@ import torch
 from scipy.stats import gumbel_l, norm
 from torch.distributions import Gamma
 
-from pyro_sivism.diagnostics import drift_statistics, find_modes, fisher_statistics, judge, stein_statistics
+from pyro_sivism.diagnostics import Chains, drift_statistics, find_modes, fisher_statistics, judge, stein_statistics
 from pyro_sivism.family import BatchAndMatch
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -90,7 +90,7 @@ POSTERIORS = {"banana": banana, "funnel": funnel, "skewed": skewed, "correlated"
 
 
 def full_verdict(p, x):
-    return judge(stein_statistics(x, p.score(x)), drift=drift_statistics(p, x[:2000]), modes=find_modes(p, x))
+    return judge(stein_statistics(x, p.score(x)), drift=drift_statistics(Chains(p, x[:2000])), modes=find_modes(p, x))
 
 
 @pytest.mark.parametrize("name", POSTERIORS)
@@ -222,7 +222,7 @@ def test_ripples_of_the_density_are_no_error_though_scores_differ_unless_they_di
     score = p.score(x)
     stein, fisher = stein_statistics(x, score), fisher_statistics(x, score, -x, -x)
     assert fisher.total == pytest.approx((40.0 * height) ** 2, rel=0.1)
-    verdict = judge(stein, fisher=fisher, drift=drift_statistics(p, x, min_trajectories=32))
+    verdict = judge(stein, fisher=fisher, drift=drift_statistics(Chains(p, x), min_trajectories=32))
     assert verdict.level == level, str(verdict)
     assert judge(stein, fisher=fisher).level != "good"
 
@@ -236,7 +236,7 @@ def test_a_shape_that_moments_do_not_show_is_seen_by_the_distance():
     p, x = skewed(dim=1), mean + sd * torch.randn(4000, 1)
     grid = np.linspace(-15.0, 5.0, 10_001)
     want = abs(gumbel_l.cdf(grid) - norm(mean, sd).cdf(grid)).max()
-    drift = drift_statistics(p, x, min_trajectories=32)
+    drift = drift_statistics(Chains(p, x), min_trajectories=32)
     assert drift.distance.item() == pytest.approx(want, abs=0.02)
     assert drift.coordinates.upper_bound().item() < 0.12
     assert not drift.rules_out(0.2, 0.05)

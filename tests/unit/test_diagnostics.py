@@ -10,6 +10,7 @@ import torch
 from scipy.stats import ks_2samp, norm
 
 from pyro_sivism.diagnostics import (
+    Chains,
     DriftStatistics,
     FisherStatistics,
     Mode,
@@ -259,7 +260,7 @@ def test_second_minibatch_takes_the_noise_out_of_the_divergence():
 def test_chains_find_the_moments_of_a_gaussian():
     p, loc, root = gaussian_problem()
     x = loc + torch.randn(4000, DIM) @ root.T
-    found = drift_statistics(p, x)
+    found = drift_statistics(Chains(p, x))
     sd, q_sd = p.covariance.diagonal().sqrt(), root.norm(dim=-1)
     # What is not forgotten is extrapolated linearly, which is good to a tenth of the error.
     mean, log2_sd = (loc - p.loc) / sd, (q_sd / sd).log2()
@@ -284,7 +285,7 @@ def test_chains_find_a_narrow_room_that_q_has_no_draws_in():
         room = -0.5 * ((x[:, 0] - distance).square() + across / sd**2) - 3 * math.log(sd) + math.log(weight)
         return torch.logaddexp(-0.5 * (x[:, 0].square() + across) + math.log(1 - weight), room)
 
-    errors = drift_statistics(Density(4, log_density), torch.randn(2048, 4), num_chains=512).coordinates
+    errors = drift_statistics(Chains(Density(4, log_density), torch.randn(2048, 4), 512)).coordinates
     variance = 1.0 + weight * (1.0 - weight) * distance**2
     # four standard errors of 8,192 chains' worth, and a fifth for what has not yet been entered
     want = -weight * distance / math.sqrt(variance), -0.5 * math.log2(variance)
@@ -297,7 +298,7 @@ def test_chains_find_a_narrow_room_that_q_has_no_draws_in():
 
 def test_chains_that_forget_limit_what_others_found():
     p = GaussianTarget(torch.zeros(2), torch.eye(2))
-    drift = drift_statistics(p, torch.randn(2048, 2))
+    drift = drift_statistics(Chains(p, torch.randn(2048, 2)))
     two = torch.ones(2)
     found = MomentErrors(0.6 * two, 0.01 * two, -0.4 * two, 0.01 * two, 0.58 * two, -0.38 * two)
     limited = drift.limit(found)
@@ -311,10 +312,10 @@ def test_chains_that_forget_limit_what_others_found():
 def test_chains_stop_where_nothing_is_found_and_go_on_where_something_is():
     p = GaussianTarget(torch.zeros(DIM), torch.eye(DIM))
     x = torch.randn(2048, DIM)
-    assert drift_statistics(p, x).num_trajectories == 8
-    assert drift_statistics(p, x + 0.2).num_trajectories == 32
-    assert drift_statistics(p, x + 0.2, max_trajectories=3).num_trajectories == 3
-    assert drift_statistics(p, x + 1.0).num_trajectories == 8
+    assert drift_statistics(Chains(p, x)).num_trajectories == 8
+    assert drift_statistics(Chains(p, x + 0.2)).num_trajectories == 32
+    assert drift_statistics(Chains(p, x + 0.2), max_trajectories=3).num_trajectories == 3
+    assert drift_statistics(Chains(p, x + 1.0)).num_trajectories == 8
 
 
 def test_chains_go_on_as_long_as_they_are_told_to_and_end_early_where_an_error_is_large():
@@ -322,16 +323,17 @@ def test_chains_go_on_as_long_as_they_are_told_to_and_end_early_where_an_error_i
     x = torch.randn(2048, DIM)
 
     def num_trajectories(shift, **how):
-        return drift_statistics(p, x + shift, **how).num_trajectories
+        return drift_statistics(Chains(p, x + shift), **how).num_trajectories
 
     assert num_trajectories(0.0, min_trajectories=9) == 16
     assert num_trajectories(0.0, min_trajectories=32) == 32
     assert num_trajectories(0.0, min_trajectories=32, max_trajectories=12) == 12
-    assert num_trajectories(1.0, min_trajectories=32) == 8
-    assert num_trajectories(0.2, min_trajectories=32, large_error=0.05) == 8
+    assert num_trajectories(1.0, min_trajectories=32) == 16
+    assert num_trajectories(0.2, min_trajectories=32, large_error=0.05) == 16
     assert num_trajectories(1.0, large_error=2.0) == 32
     x[:, 0] += torch.where(torch.rand(2048) < 0.5, 6.0, -6.0)
-    assert drift_statistics(two_modes(6.0, dim=DIM), x).num_trajectories == 32, "nothing is found where nothing moves"
+    stay = drift_statistics(Chains(two_modes(6.0, dim=DIM), x))
+    assert stay.num_trajectories == 32, "nothing is found where nothing moves"
 
 
 @pytest.mark.parametrize("decimals", [0, 1, 12])
@@ -351,7 +353,7 @@ def test_chains_measure_the_distance_of_two_normals_in_each_coordinate():
     p = GaussianTarget(torch.tensor([5.0, 0.0, 0.0]), covariance)
     x = p.loc + shift + torch.randn(4000, 3) @ torch.linalg.cholesky(covariance).T
     want = [2.0 * norm.cdf(abs(d) / 2.0) - 1.0 for d in shift.tolist()]
-    assert drift_statistics(p, x).distance.tolist() == pytest.approx(want, abs=0.04)
+    assert drift_statistics(Chains(p, x)).distance.tolist() == pytest.approx(want, abs=0.04)
 
 
 def test_chains_that_never_move_rule_nothing_out():
@@ -361,7 +363,7 @@ def test_chains_that_never_move_rule_nothing_out():
         return torch.where((8.0 * x == (8.0 * x).round()).all(-1), 0.0 * x.sum(-1), -torch.inf)
 
     x = torch.randn(2000, 1).mul(8.0).round() / 8.0
-    drift = drift_statistics(Density(1, log_density), x, num_chains=200)
+    drift = drift_statistics(Chains(Density(1, log_density), x, 200))
     assert drift.stuck == 1.0
     assert drift.distance.item() == pytest.approx(ks_2samp(x[:, 0], x[:200, 0]).statistic, abs=1e-6)
     assert not drift.rules_out(10.0, 2.0)
@@ -372,7 +374,7 @@ def test_chains_rule_out_errors_of_exact_draws_and_not_of_sds_a_fifth_off(ratio,
     p = GaussianTarget(torch.zeros(DIM), torch.eye(DIM))
     x = torch.randn(2048, DIM)
     x[:, 1] *= ratio
-    assert drift_statistics(p, x, min_trajectories=32).rules_out(0.2, 0.05) == rules_out
+    assert drift_statistics(Chains(p, x), min_trajectories=32).rules_out(0.2, 0.05) == rules_out
 
 
 def drift_of(error=0.0, se=0.0, distance=0.0, correlation=0.0):
@@ -408,7 +410,7 @@ def test_the_worst_direction_of_exact_draws_is_not_off():
     """
     p, logs, ses = GaussianTarget(torch.zeros(60), torch.eye(60)), [], []
     for _ in range(15):
-        errors = drift_statistics(p, torch.randn(1024, 60), num_chains=512, max_trajectories=2).direction.errors
+        errors = drift_statistics(Chains(p, torch.randn(1024, 60), 512), max_trajectories=2).direction.errors
         logs.append(errors.log2_sd)
         ses.append(errors.log2_sd_se)
     se = torch.cat(ses).square().mean().sqrt() / math.sqrt(len(ses))
@@ -417,7 +419,7 @@ def test_the_worst_direction_of_exact_draws_is_not_off():
 
 def test_no_direction_is_named_where_half_of_the_draws_are_too_few_for_one():
     p = GaussianTarget(torch.zeros(60), torch.eye(60))
-    assert drift_statistics(p, torch.randn(500, 60), max_trajectories=2).direction is None
+    assert drift_statistics(Chains(p, torch.randn(500, 60)), max_trajectories=2).direction is None
 
 
 @pytest.mark.parametrize("correlation", [0.0, 0.5, 0.7])
@@ -444,11 +446,11 @@ def test_draws_beyond_a_wall_are_a_finding():
     it shoot far to the left, and on their way back have any spread.
     """
     target = Density(1, lambda x: (2.0 * x - x.exp()).sum(-1))
-    drift = drift_statistics(target, 8.0 * torch.randn(1024, 1))
+    drift = drift_statistics(Chains(target, 8.0 * torch.randn(1024, 1)))
     assert 0.1 < drift.stuck < 0.5
     verdict = judge(statistics_of(), drift=drift)
     assert any("where chains cannot move" in finding.text for finding in verdict.findings)
-    assert drift_statistics(target, torch.distributions.Gamma(2.0, 1.0).sample((1024, 1)).log()).stuck == 0.0
+    assert drift_statistics(Chains(target, torch.distributions.Gamma(2.0, 1.0).sample((1024, 1)).log())).stuck == 0.0
 
 
 def test_chains_that_hardly_move_vouch_for_nothing():
@@ -456,7 +458,7 @@ def test_chains_that_hardly_move_vouch_for_nothing():
     x = torch.randn(2048, 2)
     x[:, 0] += torch.where(torch.rand(2048) < 0.5, 4.0, -4.0)
     target = two_modes(4.0)
-    stein, drift = stein_statistics(x, target.score(x)), drift_statistics(target, x)
+    stein, drift = stein_statistics(x, target.score(x)), drift_statistics(Chains(target, x))
     verdict = judge(stein, drift=drift, labels=["mu", "tau"])
     assert (verdict.level, verdict.worst.sites) == ("suspect", ("mu",))
     assert "mu: cannot be vouched for, as chains hardly moved from q's draws (correlation 0.9" in verdict.sentence
@@ -475,14 +477,14 @@ def test_chains_stay_inside_a_bounded_support():
 
     x = 2.0 * torch.rand(2000, 2) - 1.0
     x[:, 0] = -x[:, 0].abs()
-    errors = drift_statistics(Square(), x).coordinates
+    errors = drift_statistics(Chains(Square(), x)).coordinates
     assert errors.sure_mean[0] < -0.1
     assert errors.sure_mean[1] == 0.0
 
 
 def test_chains_count_their_evaluations():
     p = GaussianTarget(torch.zeros(DIM), torch.eye(DIM))
-    found = drift_statistics(p, torch.randn(500, DIM))
+    found = drift_statistics(Chains(p, torch.randn(500, DIM)))
     assert found.num_evaluations == p.num_evaluations
     assert found.num_draws == 500
 
@@ -539,7 +541,7 @@ def test_wrong_weights_of_modes_are_a_finding(draw_weight, level):
     target = two_modes(4.0)
     found = find_modes(target, x)
     assert found.weight_error == pytest.approx(draw_weight - 0.5, abs=0.06)
-    verdict = judge(stein_statistics(x, target.score(x)), drift=drift_statistics(target, x), modes=found)
+    verdict = judge(stein_statistics(x, target.score(x)), drift=drift_statistics(Chains(target, x)), modes=found)
     assert verdict.level == level
     assert level == "good" or "x[0] by " in verdict.sentence
 

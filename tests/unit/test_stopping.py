@@ -71,7 +71,8 @@ def test_chains_are_asked_where_the_divergence_alone_keeps_a_run_from_ending():
     rule.next_cycle(Evidence(0, *FAR))
     assert rule.wants_proof(Evidence(300, 0.05, 0.6))
     assert rule.wants_proof(Evidence(300, 0.0, 50.0))
-    assert not rule.wants_proof(Evidence(300, 0.051, 0.6)), "a moment is off"
+    assert rule.wants_proof(Evidence(300, 0.17, 0.6)), "chains know moments better"
+    assert not rule.wants_proof(Evidence(300, 0.18, 0.6)), "a moment is off"
     assert not rule.wants_proof(Evidence(300, *RIGHT)), "it has settled"
     rule.next_cycle(Evidence(300, 0.02, 0.6))
     assert not rule.wants_proof(Evidence(600, 0.02, 0.6)), "it has stalled"
@@ -79,6 +80,13 @@ def test_chains_are_asked_where_the_divergence_alone_keeps_a_run_from_ending():
     assert rule.next_cycle(Evidence(600, 0.02, 0.8)) == 600, "asking has changed nothing"
     assert rule.next_cycle(Evidence(1200, 0.02, 0.4)) == 1200
     assert not rule.wants_proof(Evidence(2400, 0.02, 0.8)), "it ends in any case"
+
+
+def test_chains_are_followed_where_q_is_not_settled():
+    rule = StoppingRule(10, 2400)
+    assert rule.is_settled(Evidence(0, 0.04, 0.19))
+    assert not rule.is_settled(Evidence(0, 0.06, 0.19))
+    assert not rule.is_settled(Evidence(0, 0.04, 0.21))
 
 
 def test_a_run_ends_when_chains_rule_out_that_its_divergence_matters():

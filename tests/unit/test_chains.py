@@ -1,0 +1,79 @@
+"""Chains from q's draws go to p, whatever q is, and stay where q is p."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pyro_sivism.diagnostics import Chains
+from pyro_sivism.errors import NonFiniteError
+from tests.statistical.oracle import NUM_STANDARD_ERRORS, GaussianTarget, random_covariance
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+DIM = 4
+
+
+@pytest.fixture
+def p():
+    return GaussianTarget(torch.linspace(-1.0, 2.0, DIM), random_covariance(DIM))
+
+
+def draws(p, num_draws=4096, shift=0.0, scale=1.0):
+    """Of p, moved by so many of its sds and scaled about their mean."""
+    root = torch.linalg.cholesky(p.covariance)
+    return p.loc + shift * p.covariance.diagonal().sqrt() + scale * torch.randn(num_draws, DIM) @ root.T
+
+
+@pytest.mark.parametrize(("shift", "scale"), [(0.0, 1.0), (1.0, 1.0), (0.0, 0.5), (0.0, 2.0)])
+def test_chains_arrive_at_p(p, shift, scale):
+    chains = Chains(p, draws(p, shift=shift, scale=scale), 1024).run(16)
+    arrived = chains.frame.affine.forward(chains.late)
+    assert arrived.shape == (8, 1024, DIM)
+    sd = p.covariance.diagonal().sqrt()
+    error = NUM_STANDARD_ERRORS / 1024**0.5  # what the eight ends of a chain add is left out
+    assert ((arrived.flatten(0, 1).mean(0) - p.loc) / sd).abs().max() < error
+    covariance = arrived.flatten(0, 1).T.cov()
+    correlation_errors = (covariance - p.covariance) / (sd[:, None] * sd)
+    assert correlation_errors.abs().max() < 1.5 * error
+
+
+def test_chains_start_at_the_first_draws_and_go_on_from_where_they_are(p):
+    x = draws(p)
+    chains = Chains(p, x, 100)
+    affine = chains.frame.affine
+    torch.testing.assert_close(affine.forward(chains.starts), x[:100])
+    torch.testing.assert_close(affine.forward(chains.others), x[100:])
+    torch.testing.assert_close(torch.cat([chains.starts, chains.others]).T.cov(correction=0), torch.eye(DIM))
+    first = chains.run(2).late
+    assert chains.num_trajectories == 2
+    evaluations = chains.num_evaluations
+    assert torch.equal(chains.run(2).late, first), "there are so many"
+    assert chains.num_evaluations == evaluations
+    assert len(chains.run(5).late) == 3
+    assert torch.equal(Chains(p, x, 100).starts, chains.starts)
+
+
+def test_what_chains_cost_is_what_the_target_counts(p):
+    chains = Chains(p, draws(p, 500), 200).run(3)
+    assert chains.num_evaluations == p.num_evaluations
+    assert 0.8 < chains.acceptance <= 1.0
+    assert chains.stuck < 0.05
+
+
+def test_chains_do_not_start_where_p_is_not_finite(p):
+    class Cut(GaussianTarget):
+        """p, with nothing below its mean less an sd in the first coordinate."""
+
+        def log_density_and_score(self, x):
+            log_density, score = super().log_density_and_score(x)
+            outside = x[:, 0] < self.loc[0] - self.covariance[0, 0].sqrt()
+            return torch.where(outside, -torch.inf, log_density), torch.where(outside[:, None], torch.nan, score)
+
+    cut, x = Cut(p.loc, p.covariance), draws(p)
+    wall = p.loc[0] - p.covariance[0, 0].sqrt()
+    chains = Chains(cut, x, 1000).run(8)
+    assert len(chains.starts) == int((x[:1000, 0] >= wall).sum())
+    assert (chains.frame.affine.forward(chains.late)[..., 0] >= wall).all()
+    with pytest.raises(NonFiniteError, match="finite at only"):
+        Chains(cut, x - 3.0 * p.covariance.diagonal().sqrt())
