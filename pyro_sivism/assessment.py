@@ -32,7 +32,7 @@ from pyro_sivism.stopping import Evidence, StoppingRule
 from pyro_sivism.target import Target
 from pyro_sivism.target.anchored import AnchoredTarget
 
-__all__ = ["assess", "distance_to_chains", "gather_evidence"]
+__all__ = ["assess", "can_follow_chains", "distance_to_chains", "gather_evidence"]
 
 _MIN_DRAWS, _MAX_DRAWS, _DRAWS_PER_DIM = 2048, 8192, 64
 _NUM_UNSCORED_DRAWS = 6144  # which cost nothing: what chains are compared with is then known better than they are
@@ -172,6 +172,11 @@ def gather_evidence(
     return replace(evidence, moment_error=moment_error, by_chains=True, is_ruled_out=is_ruled_out), chains
 
 
+def can_follow_chains(target: Target | AnchoredTarget) -> bool:
+    """Not in the noise of minibatches, nor in more than 256 dimensions, of which so few chains say too little."""
+    return not target.is_subsampled and target.dim <= _MAX_PROVEN_DIM
+
+
 @torch.no_grad()
 def distance_to_chains(
     target: Target | AnchoredTarget,
@@ -183,19 +188,16 @@ def distance_to_chains(
     """How far ``num_draws`` draws of q are from where chains go from such draws, in the whitened space.
 
     Every trajectory brings the law of the chains nearer to the posterior, so that this is a way for q to go (Li,
-    Turner, Liu, "Approximate inference with amortised MCMC", arXiv 1702.08343). None where no chains can be run: the
-    target draws random minibatches, is not finite at most draws, or has more than 256 dimensions, of which so few
-    chains say too little.
+    Turner, Liu, "Approximate inference with amortised MCMC", arXiv 1702.08343). None where no chains can be run, as the
+    target is not finite at most draws.
 
     Args:
-        target: the model's density.
+        target: the model's density, of which :func:`can_follow_chains` is true.
         affine: x from the whitened y, in which ``family`` draws.
         family: q.
         num_draws: in a batch of the guide's.
         chains: from q's draws, which are run on if they are short; new ones if None.
     """
-    if target.is_subsampled or target.dim > _MAX_PROVEN_DIM:
-        return None
     try:
         if chains is None:
             chains = _chains(target, affine.forward(family.rsample(_NUM_UNSCORED_DRAWS).x))

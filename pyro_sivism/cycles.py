@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from pyro_sivism.assessment import distance_to_chains, gather_evidence
+from pyro_sivism.assessment import can_follow_chains, distance_to_chains, gather_evidence
 from pyro_sivism.diagnostics import Chains
 from pyro_sivism.distributed import Ranks
 from pyro_sivism.family import AffineMap
@@ -62,6 +62,7 @@ class Cycles:
         self._begin(number)
         for left in range(number, 0, -_STEPS_TO_FOLLOW):
             self.ranks.together(self._follow, chains)
+            self.ranks.together(self.ranks.broadcast_, [torch.zeros(())])  # waits for those whose chains take longer
             if self._advance(min(left, _STEPS_TO_FOLLOW), left):
                 return True
             chains = None
@@ -93,6 +94,9 @@ class Cycles:
         # In the noise of random minibatches no error is sure, which is no evidence that there is none.
         is_noisy = self.target.is_subsampled and not isinstance(self.target, AnchoredTarget)
         rule = StoppingRule(self.target.dim, self.training.recipe.max_steps, goes_on=goes_on or is_noisy)
+        # Chains of parameters of the model that are learned would hold q where these were.
+        may_follow = self.training.objective.follows_chains and not self.training.learns_model
+        may_follow &= can_follow_chains(self.target)
         try:
             while True:
                 found, chains = self._gather_evidence(rule)
@@ -102,12 +106,8 @@ class Cycles:
                     best = self.training.snapshot()
                 if self.ranks.together(self.ranks.any, length == 0):
                     break
-                if self.training.objective.follows_chains and not rule.is_settled(found):
-                    is_cut_short = self._take_following(length, chains)
-                else:
-                    self.training.follow(None)
-                    is_cut_short = self.take(length)
-                if is_cut_short:
+                follows = may_follow and not rule.is_settled(found)
+                if self._take_following(length, chains) if follows else self.take(length):
                     return True
         finally:
             self.training.follow(None)

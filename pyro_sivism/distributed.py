@@ -21,6 +21,7 @@ What is shared, and how:
 
   which is the gradient of one process with all the particles. Parameters are therefore the same everywhere, and so is
   each step's report.
+- **Chains.** Where a run follows chains, each rank has 512 of its own, and compares with them its own n_r draws.
 - **Minibatches.** Each rank draws its own rows for a subsampling plate, at the plate's own ``subsample_size``: every
   rank's density is unbiased, hence so is g, and its noise is that of K minibatches. A script that draws minibatches
   itself, with torch and after set-up, gets other ones on each rank, to the same effect.

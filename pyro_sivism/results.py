@@ -105,7 +105,8 @@ class FitResult:
         num_nonfinite: particles left out over all steps, as in :class:`StepInfo`.
         num_evaluations: scores of single points that this process computed since set-up, all told.
         seconds: wall-clock of ``setup`` (prototype, path choice), ``preconditioner``, ``critic_warmup``, ``steps``,
-            ``compile``, ``evidence`` and ``verdict``, those that there were; of all runs since set-up.
+            ``compile``, ``evidence``, ``chains`` (that q followed) and ``verdict``, those that there were; of all runs
+            since set-up.
         interrupted: whether Ctrl-C or a callback ended the run early.
         preconditioner: the Gaussian the family started from; None where a trained guide or a saved fit went on.
         target_path: how scores are computed, and why.

@@ -1,10 +1,11 @@
 """When a run without a length has gone on long enough.
 
 Such a run is a sequence of *cycles*, each as long as all before it: 300 steps, 300, 600, 1,200, ... Where q is not
-settled before one, it follows chains, too (:func:`~pyro_sivism.assessment.distance_to_chains`). In each the
-learning rate falls to nearly zero (Loshchilov and Hutter, "SGDR: stochastic gradient descent with warm restarts", ICLR
-2017), so that q is at its best at the end, and no schedule needs to know the length of the run. There q is judged on
-fresh draws and the scores there, never by the losses of the steps, and the run ends when q
+settled before one, it follows chains from its own draws, too (:func:`~pyro_sivism.assessment.distance_to_chains`), but
+for models with random minibatches, more than 256 dimensions or parameters to be learned, and for the paper's game. In
+each cycle the learning rate falls to nearly zero (Loshchilov and Hutter, "SGDR: stochastic gradient descent with warm
+restarts", ICLR 2017), so that q is at its best at the end, and no schedule needs to know the length of the run. There q
+is judged on fresh draws and the scores there, never by the losses of the steps, and the run ends when q
 
 - has *settled*: no moment is off and the Fisher divergence is small; or
 - is right *by chains*: the divergence is not small, as where p has walls, but chains from q's draws rule out that it
@@ -93,7 +94,7 @@ class StoppingRule:
         return any(self._is_enough(replace(evidence, moment_error=error)) for error in (0.0, evidence.moment_error))
 
     def wants_proof(self, evidence: Evidence) -> bool:
-        """Whether only the Fisher divergence keeps the run from ending, which chains may show not to matter."""
+        """Whether the run would go on though moments are tolerable, so that chains may show that nothing matters."""
         can_go_on = self._last is not None and self._num_steps < self.max_steps
         is_tolerable = evidence.moment_error <= _TOLERABLE * _SMALL_MOMENT_ERROR
         return can_go_on and is_tolerable and not self.may_end(evidence)

@@ -83,7 +83,8 @@ class Training:
         self.num_steps = 0
         self.is_warm = False
         self._optim = optim
-        self._compiles, self._seconds = compile, Seconds() if seconds is None else seconds
+        self._compiles = self._wants_compiling = compile
+        self._seconds = Seconds() if seconds is None else seconds
         self._schedule: tuple[int, int] | None = None
         self._warned_nonfinite = False
         self._guide_stepper = make_stepper(
@@ -140,6 +141,11 @@ class Training:
         self._schedule = None if num_steps is None else (self.num_steps, num_steps)
 
     @property
+    def learns_model(self) -> bool:
+        """Whether the model has parameters to be learned."""
+        return self._model_stepper is not None
+
+    @property
     def num_own_particles(self) -> int:
         """This rank's draws in a batch."""
         return self._num_particles
@@ -150,7 +156,7 @@ class Training:
             self._distance.copy_(distance)  # where compiled steps read it
             return
         if self._compiled is not None and distance is not self._distance:
-            self._compiled, self._compiles = None, True
+            self._compiled, self._compiles = None, self._wants_compiling  # they are other steps now
         self._distance = distance
 
     def compile_if_repaid(self, steps_left: int, seconds_per_step: float) -> None:
@@ -160,8 +166,8 @@ class Training:
             self._compile()
 
     def _compile(self) -> None:
-        """Compile the gradients of the steps to come, without effect on what they are; once, whether it succeeds or
-        not."""
+        """Compile the gradients of the steps to come, without effect on what they are; once for the same steps, whether
+        it succeeds or not."""
         self._compiles = False
         with self._seconds.of("compile"):
             try:

@@ -1,4 +1,4 @@
-"""Is the fit right? Pure functions of draws, scores and densities, and the verdict that combines them."""
+"""Is the fit right? Statistics of draws, scores and densities, chains from draws, and the verdict that combines all."""
 
 from pyro_sivism.diagnostics.chains import Chains
 from pyro_sivism.diagnostics.drift import DriftStatistics, drift_statistics

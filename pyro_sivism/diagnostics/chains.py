@@ -86,7 +86,7 @@ class Chains:
 
     @property
     def acceptance(self) -> float:
-        """The mean acceptance rate so far."""
+        """The mean acceptance rate so far; there is none before :meth:`run`, as of the next two."""
         return sum(self._acceptances) / len(self._acceptances)
 
     @property

@@ -98,8 +98,9 @@ def drift_statistics(
 
     Args:
         chains: from draws of q; they are run on.
-        min_trajectories, max_trajectories: of each chain. After 8, 16 and so on, or half as many as the least, they end
-            where an error beyond chance is large, and where nothing is found after ``min_trajectories``.
+        min_trajectories, max_trajectories: of each chain. They are looked at after 8 trajectories, or half of
+            ``min_trajectories`` if that is more, then after twice as many each time, and end where an error beyond
+            chance is large, or where nothing is found after ``min_trajectories``.
         large_error: what is large, in sds or log2 of an sd.
 
     Example:
@@ -133,7 +134,7 @@ def drift_statistics(
         stuck=chains.stuck,
         num_evaluations=chains.num_evaluations,
         num_draws=len(chains.starts),
-        num_trajectories=num_trajectories,
+        num_trajectories=chains.num_trajectories,
     )
 
 

@@ -5,7 +5,8 @@ To write your own objective:
 1. subclass :class:`Objective` and implement ``guide_loss(sample, step)``, whose gradient in the family's
    parameters is the direction to go down;
 2. override ``critic_loss`` and ``make_critic`` if it wants another critic than an estimate of grad log q;
-   override ``adapt_recipe`` if it needs other defaults;
+   override ``adapt_recipe`` if it needs other defaults, and ``follows_chains`` if ``run(None, ...)`` is not to add to
+   its loss the distance from chains, which is scaled like a KL divergence;
 3. export it in ``objectives/__init__.py`` and add a row to ``tests/contract/test_objectives.py``.
 """
 

@@ -11,6 +11,7 @@ from pyro.infer import MCMC
 from pyro_sivism import SIVISM, FisherDivergence, nuts_from
 from pyro_sivism.errors import NonFiniteError
 from pyro_sivism.family import FixedGaussian
+from pyro_sivism.stopping import Evidence
 from tests.accelerator import DEVICE, accelerator
 
 DATA = torch.sin(1.7 * torch.arange(1.0, 31.0, dtype=torch.double)) + 0.5
@@ -123,6 +124,20 @@ def test_steps_are_those_of_the_cpu_and_do_not_wait(case):
     assert len(waits) <= 10  # three numbers and two flags at two looks, at twenty and at five steps
     assert got.num_nonfinite == want.num_nonfinite
     assert torch.allclose(got.losses, want.losses, rtol=1e-4)
+
+
+def test_chains_are_followed_where_the_model_is(monkeypatch):
+    found = {1: (0.3, 3.0), 21: (0.01, 0.1)}
+    monkeypatch.setattr("pyro_sivism.stopping._FIRST_CYCLE", 20)
+    monkeypatch.setattr(
+        "pyro_sivism.cycles.gather_evidence", lambda *args: (Evidence(args[-2], *found[args[-2]]), None)
+    )
+    want = set_up(normal, DATA).run(None, DATA, progress_bar=False)
+    with accelerator():
+        y = DATA.to(DEVICE)
+        got = set_up(normal, y).run(None, y, progress_bar=False)
+    assert got.seconds["chains"] > 0
+    assert torch.allclose(got.losses, want.losses, rtol=1e-3, atol=1e-4)
 
 
 def test_what_follows_a_fit():

@@ -13,6 +13,8 @@ import torch
 
 from pyro_sivism import SIVISM, FisherDivergence
 from pyro_sivism.errors import CompileWarning
+from pyro_sivism.objectives import SlicedDistance
+from pyro_sivism.stopping import Evidence
 
 X = torch.linspace(-1.0, 1.0, 40)[:, None].pow(torch.arange(3))
 Y = X @ torch.tensor([1.0, -1.0, 0.5]) + 0.3 * torch.sin(17.0 * torch.arange(40.0))
@@ -70,6 +72,38 @@ def test_compiled_steps_are_the_steps(compiler, case):
     assert compiler["graphs"] == 2
     assert sivism._training.is_compiled
     assert torch.allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::pyro_sivism.errors.FitWarning")
+def test_compiled_steps_follow_new_chains_and_are_compiled_anew_when_there_are_none(compiler, monkeypatch):
+    found = {0: (0.3, 3.0), 320: (0.01, 0.1)}
+    monkeypatch.setattr("pyro_sivism.stopping._FIRST_CYCLE", 320)
+    monkeypatch.setattr(
+        "pyro_sivism.cycles.gather_evidence", lambda *args: (Evidence(args[-2], *found[args[-2]]), None)
+    )
+    losses = []
+    for compile in (False, True):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        sivism = SIVISM(regression, compile=compile)
+        losses.append(sivism.run(None, X, Y, progress_bar=False).losses)
+    assert compiler["graphs"] == 2
+    assert torch.allclose(*losses, rtol=1e-3, atol=1e-4)
+    assert not sivism._training.is_compiled, "no step to come follows what these do"
+    sivism.step(X, Y)
+    assert compiler["graphs"] == 4
+
+
+def test_who_leaves_compiling_to_a_run_has_no_single_step_compiled(compiler, monkeypatch):
+    sivism = SIVISM(regression).setup(X, Y)
+    training = sivism._training
+    monkeypatch.setattr("pyro_sivism.training._COMPILE_SECONDS", 0.0)
+    training.follow(SlicedDistance(torch.randn(100, 4), torch.eye(4), 128))
+    sivism.run(STEPS, X, Y, progress_bar=False)
+    assert training.is_compiled
+    training.follow(None)
+    sivism.step(X, Y)
+    assert not training.is_compiled
 
 
 def test_compiled_steps_read_new_data(compiler):

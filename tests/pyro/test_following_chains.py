@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from itertools import pairwise
 
 import pyro
 import pyro.distributions as dist
@@ -13,7 +14,9 @@ import torch
 
 from pyro_sivism import SIVISM, FisherDivergence
 from pyro_sivism.assessment import distance_to_chains
+from pyro_sivism.diagnostics import Chains
 from pyro_sivism.errors import FitWarning
+from pyro_sivism.family import FixedGaussian
 from pyro_sivism.objectives import SlicedDistance
 from pyro_sivism.stopping import Evidence
 from pyro_sivism.training import Training
@@ -30,6 +33,11 @@ def minibatches(y):
         pyro.sample("y", dist.Normal(mu, 1.0), obs=y[rows])
 
 
+def learned():
+    c = pyro.param("c", torch.tensor(0.0))
+    pyro.sample("y", dist.Normal(pyro.sample("t", dist.Normal(c, 1.0)), 1.0), obs=torch.tensor(1.0))
+
+
 def wide():
     pyro.sample("x", dist.Normal(torch.zeros(257), 1.0).to_event(1))
 
@@ -43,15 +51,25 @@ def fit(model, *args, num_steps=None, callbacks=(), **settings):
 
 @pytest.fixture
 def followed(monkeypatch):
-    """What each call of ``Training.follow`` was given, with the number of steps taken before."""
+    """The number of steps taken and whether there were chains, each time that something is to be followed."""
     seen = []
-    follow = Training.follow
 
-    def record(self, distance):
-        seen.append((self.num_steps, distance is not None))
+    def record(target, affine, family, num_draws, chains=None):
+        seen.append((steps(), chains is not None))
+        return distance_to_chains(target, affine, family, num_draws, chains)
+
+    follow = Training.follow
+    trainings = []
+
+    def remember(self, distance):
+        trainings.append(self)
         follow(self, distance)
 
-    monkeypatch.setattr(Training, "follow", record)
+    def steps():
+        return trainings[-1].num_steps if trainings else 0
+
+    monkeypatch.setattr(Training, "follow", remember)
+    monkeypatch.setattr("pyro_sivism.cycles.distance_to_chains", record)
     return seen
 
 
@@ -60,7 +78,8 @@ def evidence(monkeypatch, *found):
     left = list(found)
 
     def gathered(target, affine, family, objective, num_steps, rule):
-        return Evidence(num_steps, *left.pop(0)), None
+        chains = Chains(target, affine.forward(family.rsample(200).x)) if num_steps else None
+        return Evidence(num_steps, *left.pop(0)), chains
 
     monkeypatch.setattr("pyro_sivism.cycles.gather_evidence", gathered)
 
@@ -74,7 +93,7 @@ def test_a_cycle_follows_new_chains_every_300_steps(monkeypatch, followed):
     evidence(monkeypatch, UNSETTLED, UNSETTLED, SETTLED)
     sivism, result = fit(banana)
     assert result.num_steps == 400
-    assert followed == [(0, True), (300, True), (390, True), (400, False)]
+    assert followed == [(0, False), (300, False), (390, True)], "those of the evidence, if any, and then new ones"
     assert result.seconds["chains"] > 0
     assert sivism._training._distance is None
 
@@ -84,7 +103,7 @@ def test_chains_are_not_followed_where_q_is_settled(monkeypatch, followed):
     evidence(monkeypatch, SETTLED, SETTLED)
     _, result = fit(banana)
     assert result.num_steps == 300
-    assert not any(follows for _, follows in followed)
+    assert followed == []
     assert "chains" not in result.seconds
 
 
@@ -94,7 +113,7 @@ def test_the_papers_game_is_left_alone(monkeypatch, followed):
         followed.clear()
         evidence(monkeypatch, UNSETTLED, SETTLED)
         fit(banana, loss=objective)
-        assert any(each for _, each in followed) == follows
+        assert bool(followed) == follows
 
 
 @pytest.mark.usefixtures("small_recipe")
@@ -103,10 +122,31 @@ def test_a_run_of_so_many_steps_follows_nothing(followed):
     assert followed == []
 
 
-@pytest.mark.parametrize(("model", "args"), [(minibatches, (torch.randn(40),)), (wide, ())])
-def test_no_chains_can_be_followed_in_the_noise_of_minibatches_or_in_many_dimensions(model, args):
-    sivism = SIVISM(model).setup(*args)
-    assert distance_to_chains(sivism.target, sivism.guide.affine, sivism._training.averaged, 128) is None
+@pytest.mark.usefixtures("small_recipe")
+@pytest.mark.parametrize(("model", "args"), [(minibatches, (torch.randn(40),)), (wide, ()), (learned, ())])
+def test_nothing_is_followed_in_noise_in_many_dimensions_or_while_the_model_changes(model, args, monkeypatch, followed):
+    monkeypatch.setattr("pyro_sivism.target.anchored.AnchoredTarget.applies", lambda target: False)
+    evidence(monkeypatch, UNSETTLED, UNSETTLED, UNSETTLED)
+    _, result = fit(model, *args)
+    assert result.num_steps == 400
+    assert followed == []
+    assert "chains" not in result.seconds
+
+
+def test_there_is_nothing_to_follow_where_most_draws_are_not_finite():
+    sivism = SIVISM(banana).setup()
+    affine = sivism.guide.affine
+    nowhere = affine._replace(loc=affine.loc * torch.nan)
+    assert distance_to_chains(sivism.target, nowhere, sivism._training.averaged, 128) is None
+
+
+def test_the_learning_rate_falls_once_in_a_cycle_whatever_is_followed(monkeypatch):
+    monkeypatch.setattr("pyro_sivism.stopping._FIRST_CYCLE", 320)
+    evidence(monkeypatch, UNSETTLED, SETTLED)
+    factors = []
+    fit(banana, callbacks=[lambda sivism, info: factors.append(sivism._training._lr_factor()) and None])
+    assert len(factors) == 320
+    assert all(later < earlier for earlier, later in pairwise(factors[60:]))
 
 
 def test_a_run_that_is_cut_short_leaves_nothing_to_follow(monkeypatch):
@@ -142,6 +182,25 @@ def test_the_guides_gradient_is_that_of_both():
         if more is not None:
             torch.testing.assert_close(two, one + more)
     assert both[len(params)] == alone[len(params)], "what is reported is the objective's"
+
+
+def test_what_is_followed_is_where_the_posterior_is():
+    """Of a Gaussian that is correlated and far from the origin, by a q that is half as wide."""
+    root = torch.tensor([[2.0, 0.0], [1.5, 0.1]])
+
+    def model():
+        pyro.sample("x", dist.MultivariateNormal(torch.tensor([30.0, -50.0]), scale_tril=root))
+
+    given = FixedGaussian(torch.tensor([30.0, -50.0]), 0.25 * root @ root.T)
+    sivism = SIVISM(model, preconditioner=given).setup()
+    affine, family = sivism.guide.affine, sivism._training.averaged
+    distance = distance_to_chains(sivism.target, affine, family, 2000)
+    right = torch.tensor([30.0, -50.0]) + torch.randn(2000, 2) @ root.T
+    assert distance(affine.inverse(right)) < 0.02
+    assert distance(family.rsample(2000).x) > 0.2
+    short = Chains(sivism.target, affine.forward(family.rsample(2000).x), 500).run(1)
+    assert distance_to_chains(sivism.target, affine, family, 2000, short)(affine.inverse(right)) < 0.02
+    assert short.num_trajectories == 16
 
 
 def test_what_is_followed_is_measured_along_the_coordinates_of_x():

@@ -38,6 +38,18 @@ def test_chains_arrive_at_p(p, shift, scale):
     assert correlation_errors.abs().max() < 1.5 * error
 
 
+def test_coarse_steps_are_corrected(p, monkeypatch):
+    """Leapfrog steps of h leave 1 / (1 - h^2 / 4) of a Gaussian's variance, and Metropolis's decisions the variance."""
+
+    def coarse(chains):
+        chains._step_size, chains._num_steps = 1.5, 2  # times .2 to 1.2, by chance
+
+    monkeypatch.setattr(Chains, "_tune", coarse)
+    chains = Chains(p, draws(p), 2048).run(40)
+    assert chains.acceptance < 0.95
+    assert ((chains.late.flatten(0, 1).T.cov() - torch.eye(DIM)).abs() < 0.1).all()
+
+
 def test_chains_start_at_the_first_draws_and_go_on_from_where_they_are(p):
     x = draws(p)
     chains = Chains(p, x, 100)
