@@ -94,10 +94,15 @@ class StoppingRule:
         return any(self._is_enough(replace(evidence, moment_error=error)) for error in (0.0, evidence.moment_error))
 
     def wants_proof(self, evidence: Evidence) -> bool:
-        """Whether the run would go on though moments are tolerable, so that chains may show that nothing matters."""
-        can_go_on = self._last is not None and self._num_steps < self.max_steps
+        """Whether long chains are to decide: the run would go on though moments are tolerable, and these may show that
+        nothing matters; or it would end as settled by a q that was not so before, whose scores may agree with the
+        model's where it has draws, and which may still lack the ends of a ridge.
+        """
+        if self._last is None or self._num_steps >= self.max_steps:
+            return False
         is_tolerable = evidence.moment_error <= _TOLERABLE * _SMALL_MOMENT_ERROR
-        return can_go_on and is_tolerable and not self.may_end(evidence)
+        has_just_settled = self.is_settled(evidence) and not self.is_settled(self._last)
+        return has_just_settled or (is_tolerable and not self.may_end(evidence))
 
     def is_settled(self, evidence: Evidence) -> bool:
         """Whether no moment is off and the Fisher divergence is small, so that the objective alone takes q on best."""

@@ -73,13 +73,16 @@ def test_chains_are_asked_where_the_divergence_alone_keeps_a_run_from_ending():
     assert rule.wants_proof(Evidence(300, 0.0, 50.0))
     assert rule.wants_proof(Evidence(300, 0.17, 0.6)), "chains know moments better"
     assert not rule.wants_proof(Evidence(300, 0.18, 0.6)), "a moment is off"
-    assert not rule.wants_proof(Evidence(300, *RIGHT)), "it has settled"
+    assert rule.wants_proof(Evidence(300, *RIGHT)), "it has settled only now"
     rule.next_cycle(Evidence(300, 0.02, 0.6))
     assert not rule.wants_proof(Evidence(600, 0.02, 0.6)), "it has stalled"
     assert rule.wants_proof(Evidence(600, 0.02, 0.8))
     assert rule.next_cycle(Evidence(600, 0.02, 0.8)) == 600, "asking has changed nothing"
     assert rule.next_cycle(Evidence(1200, 0.02, 0.4)) == 1200
     assert not rule.wants_proof(Evidence(2400, 0.02, 0.8)), "it ends in any case"
+    rule = StoppingRule(10, 2400)
+    rule.next_cycle(Evidence(0, 0.04, 0.15))
+    assert not rule.wants_proof(Evidence(300, *RIGHT)), "it was settled before"
 
 
 def test_chains_are_followed_where_q_is_not_settled():
