@@ -233,7 +233,7 @@ def funnel():
 
 @pytest.mark.slow
 def test_following_chains_fills_a_funnel_in_its_own_coordinates():
-    """log scale has sd 1 and x sd e = 2.72. By the objective alone these were .83 to .93 and 1.4 to 2.0 (three seeds)."""
+    """log scale has sd 1, x sd e = 2.72. By the objective alone these were .83 to .93 and 1.4 to 2.0 (three seeds)."""
     sivism, _ = fit(funnel, decenter=False)
     draws = sivism.sample(20_000)
     assert abs(draws["scale"].log().std() - 1.0) < 0.1
