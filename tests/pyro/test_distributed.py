@@ -16,7 +16,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_sivism import SIVISM, Checkpoint, FisherDivergence, FixedGaussian, PathGradientKL, Ranks, ScoreNetwork
+from pyro_sivism import SIVISM, Checkpoint, FisherDivergence, FixedGaussian, PathGradientKL, Ranks, ScoreNetwork, cycles
 from pyro_sivism.errors import ArgumentError, DistributedError, NonFiniteError, NonFiniteWarning
 from pyro_sivism.family import DiagonalNormal, SemiImplicit
 from pyro_sivism.recipe import Recipe
@@ -250,6 +250,33 @@ def test_minibatches_differ_by_rank_and_all_else_follows_from_the_seed(tmp_path)
         first, again, other = results[rank]
         assert first == again
         assert first[0] != other[0]
+
+
+def _following_job(rank, folder):
+    """Rank 1's chains take longer than a rank waits for another's step."""
+    distance_to_chains, directions = cycles.distance_to_chains, []
+
+    def slow(*args):
+        time.sleep(5.0 * rank)
+        distance = distance_to_chains(*args)
+        directions.append(distance.directions.tolist())
+        return distance
+
+    cycles.distance_to_chains = slow
+    pyro.set_rng_seed(0)
+    sivism = _small()
+    sivism.ranks.timeout = 2.0
+    result = sivism.run(None, DATA, progress_bar=False, callbacks=[lambda sivism, info: info.step == 5])
+    return _state(sivism), result.losses.tolist(), directions
+
+
+def test_ranks_follow_chains_of_their_own_and_wait_for_each_other(tmp_path):
+    results = _launch(_following_job, tmp_path)
+    (state, losses, directions), other = results[0], results[1]
+    assert (state, losses) == other[:2]
+    assert len(losses) == 5
+    assert len(directions) == len(other[2]) == 1
+    assert directions != other[2]
 
 
 def _stop_job(rank, folder):
