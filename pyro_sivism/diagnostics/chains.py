@@ -22,8 +22,8 @@ __all__ = ["Chains"]
 _TRAJECTORY_TIME = math.pi
 _MAX_LEAPFROG_STEPS = 48
 _NUM_PILOTS = 256
-_MAX_HALVINGS = 6
-# The acceptance for which steps are halved, and the one that is enough once more steps would cut trajectories short.
+_SHRINK, _MAX_TRIES = 0.5**0.5, 12
+# The acceptance for which steps are shortened, and the one that is enough once more steps would cut trajectories short.
 _WANTED_ACCEPTANCE, _ENOUGH_ACCEPTANCE = 0.92, 0.7
 
 
@@ -49,6 +49,8 @@ class Chains:
 
         >>> class Normal:
         ...     dim = 1
+        ...     def score(self, x):
+        ...         return -x
         ...     def log_density_and_score(self, x):
         ...         return -0.5 * x.square().sum(-1), -x
         >>> _ = torch.manual_seed(0)
@@ -111,13 +113,13 @@ class Chains:
         """A step size that nearly all draws accept, and the number of leapfrog steps."""
         pilots = _State(*(values[:_NUM_PILOTS] for values in self._state))
         self._step_size = self._target.dim**-0.25
-        for _ in range(_MAX_HALVINGS):
+        for _ in range(_MAX_TRIES):
             self._num_steps = min(_MAX_LEAPFROG_STEPS, math.ceil(_TRAJECTORY_TIME / self._step_size))
             _, accepted = self._trajectory(pilots)
             enough = _ENOUGH_ACCEPTANCE if self._num_steps == _MAX_LEAPFROG_STEPS else _WANTED_ACCEPTANCE
             if accepted.mean() >= enough:
                 break
-            self._step_size *= 0.5
+            self._step_size *= _SHRINK
 
     def _trajectory(self, start: _State) -> tuple[_State, Tensor]:
         """One leapfrog trajectory per row with its Metropolis decision, and the acceptance probabilities (n,)."""
@@ -126,12 +128,15 @@ class Chains:
         momentum = torch.randn_like(start.y)
         energy = start.log_density - 0.5 * momentum.square().sum(-1)
         state, inside = start, torch.ones_like(start.log_density, dtype=torch.bool)
-        for _ in range(self._num_steps):
+        for left in reversed(range(self._num_steps)):
             momentum = momentum + 0.5 * step * state.score
             y = state.y + step * momentum
-            moved = _State(y, *self._target.log_density_and_score(y))
+            if left:  # the log density on the way decides nothing
+                moved = state._replace(y=y, score=self._target.score(y))
+            else:
+                moved = _State(y, *self._target.log_density_and_score(y))
             inside &= moved.log_density.isfinite() & moved.score.isfinite().all(-1)
-            state = moved.where(inside, state)  # a chain that has left the support stays, and is rejected below
+            state = moved.where(inside, state)  # a chain without a score stays, and is rejected below
             momentum = momentum + 0.5 * step * state.score
         change = state.log_density - 0.5 * momentum.square().sum(-1) - energy
         acceptance = torch.where(inside, change, -torch.inf).nan_to_num(nan=-torch.inf).clamp(max=0.0).exp()

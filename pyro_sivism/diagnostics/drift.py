@@ -107,6 +107,8 @@ def drift_statistics(
 
         >>> class Normal:
         ...     dim = 1
+        ...     def score(self, x):
+        ...         return -x
         ...     def log_density_and_score(self, x):
         ...         return -0.5 * x.square().sum(-1), -x
         >>> _ = torch.manual_seed(0)

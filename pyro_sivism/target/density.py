@@ -50,7 +50,9 @@ __all__ = ["Target"]
 PATHS = ("captured", "captured_plate", "vmap", "plate")
 _MAX_BINDINGS = 8
 _MAX_CAPTURED_BINDINGS = 16  # of arguments whose shapes change all the time the model is run: to record takes longer
-_MEMORY_BUDGET = 2**30  # bytes of intermediate results in one batch of scores
+# Bytes of intermediate results in one batch of scores. On the CPU as much as stays near its caches and is not returned
+# to the system after each operation: 512 scores of a regression on 5,000 rows took 39 ms in one batch, 14 in eight.
+_MEMORY_BUDGET, _CPU_BUDGET = 2**30, 2**25
 
 
 class Target:
@@ -258,7 +260,8 @@ class Target:
         if x.dim() != 2 or x.shape[0] == 0 or x.shape[1] != self.dim:
             raise ArgumentError(f"expected points of shape (B, {self.dim}) with B > 0, got {tuple(x.shape)}")
         self.num_evaluations += x.shape[0]
-        num_chunks = -(-len(x) * self._binding.bytes_per_particle // _MEMORY_BUDGET)
+        budget = _CPU_BUDGET if x.device.type == "cpu" else _MEMORY_BUDGET
+        num_chunks = -(-len(x) * self._binding.bytes_per_particle // budget)
         if num_chunks > 1:
             parts = [self._evaluate_chunk(what, chunk) for chunk in x.chunk(min(num_chunks, len(x)))]
             log_densities, scores = zip(*parts)

@@ -869,7 +869,7 @@ def test_chunks_past_the_memory_budget_give_the_same(model, num_chunks, monkeypa
     x = points(target, 7)
     v = torch.cos(torch.arange(float(x.numel()))).reshape(x.shape)
     want = *target.log_density_and_score(x), hvp(target, "loop", x, v)
-    monkeypatch.setattr(density, "_MEMORY_BUDGET", target._binding.bytes_per_particle * 7 // num_chunks)
+    monkeypatch.setattr(density, "_CPU_BUDGET", target._binding.bytes_per_particle * 7 // num_chunks)
     sizes = []
     evaluate_along = binding.Binding.evaluate_along
     monkeypatch.setattr(
