@@ -4,7 +4,13 @@ Every draw of q starts a chain of a few trajectories that leave p invariant (``c
 distributed as the starts, whatever p, so that any change of a moment beyond Monte Carlo noise is an error of q.
 Curvature, skewness, tails and cut-off supports, which low-order statistics of draws and scores cannot see, all show.
 
-The distribution functions of each coordinate are compared as well, for what moments leave open.
+The distribution functions of each coordinate are compared as well, for what moments leave open, and what lies far
+out: moments are those of coordinates cut off at 5 sds, lest a heavy tail drown them, and a hundredth of the mass at 15
+sds is most of a variance. What far ends of p that q lacks add to it is
+
+    far_i = 1/2 log2( 1 + E_p[(y_i^2 - 25)_+] - E_q[(y_i^2 - 25)_+] ),
+
+in log2 of the sd of the standardized coordinate y_i.
 
 What q lacks is often a tail, or the narrow end of a curved ridge, that no chain starts in: moments then move long after
 the chains have forgotten where they started. There are therefore more trajectories where something is found, twice as
@@ -23,13 +29,20 @@ verdict says that nothing can be said. ``modes.py`` looks for modes.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pyro_sivism.diagnostics.chains import Chains
-from pyro_sivism.diagnostics.moments import CUT_OFF, LARGE_ERROR, Frame, MomentErrors
+from pyro_sivism.diagnostics.moments import (
+    CUT_OFF,
+    LARGE_ERROR,
+    Frame,
+    MomentErrors,
+    standard_error,
+)
 from pyro_sivism.diagnostics.stein import WorstDirection
 from pyro_sivism.diagnostics.two_sample import kolmogorov_smirnov
 
@@ -52,6 +65,9 @@ class DriftStatistics:
             trajectories, (D,): near 1 the chains hardly moved.
         distance: of each coordinate, the largest difference between its distribution functions in q's draws and in the
             chains (Kolmogorov and Smirnov's), (D,). By chance .01 to .03.
+        far: the formula above less one standard error of what is in it, (D,). That is one of a few chains; where q and
+            the chains are right nothing is so far out, and there is no noise.
+        far_share: of the chains beyond 5 sds of q, (D,).
         acceptance: the mean acceptance rate.
         stuck: the fraction of chains that never moved.
         num_evaluations: log densities and scores of single points computed.
@@ -63,6 +79,8 @@ class DriftStatistics:
     direction: WorstDirection | None
     correlation: Tensor
     distance: Tensor
+    far: Tensor
+    far_share: Tensor
     acceptance: float
     stuck: float
     num_evaluations: int
@@ -80,7 +98,7 @@ class DriftStatistics:
     def rules_out(self, error: float, distance: float) -> bool:
         """Whether chains that have forgotten their starts rule out, by two standard errors, that a mean or an sd is off
         by ``error``, and see no distribution function off by ``distance``."""
-        largest = self.coordinates.upper_bound().max()
+        largest = torch.maximum(self.coordinates.upper_bound(), self.far).max()
         return bool(largest < error and self.distance.max() < distance and self.correlation.max() < _FORGOTTEN)
 
 
@@ -122,8 +140,10 @@ def drift_statistics(
         late = chains.run(num_trajectories).late
         draws, arrived = frame.along_coordinates(before), frame.along_coordinates(late)
         coordinates, correlation = _moment_errors(draws, arrived)
+        far_change, far_se = _far_changes(draws, arrived)
         found, forgotten = coordinates.largest(), bool(correlation.max() < _FORGOTTEN)
-        is_nothing = found < _NOTHING and forgotten and num_trajectories >= min_trajectories
+        is_nothing = max(found, _as_log2_sd(far_change).max().item()) < _NOTHING and forgotten
+        is_nothing = is_nothing and num_trajectories >= min_trajectories
         if is_nothing or found > large_error or num_trajectories == max_trajectories:
             break
         num_trajectories = min(2 * num_trajectories, max_trajectories)
@@ -132,6 +152,8 @@ def drift_statistics(
         direction=_worst_direction(frame, before, late),
         correlation=correlation,
         distance=kolmogorov_smirnov(draws, arrived.flatten(0, 1)),
+        far=_as_log2_sd(far_change - far_se),
+        far_share=(arrived.abs() > CUT_OFF).double().mean((0, 1)),
         acceptance=chains.acceptance,
         stuck=chains.stuck,
         num_evaluations=chains.num_evaluations,
@@ -163,6 +185,18 @@ def _moment_errors(before: Tensor, late: Tensor) -> tuple[MomentErrors, Tensor]:
         changes += [change, deviation.square().sum(0).sqrt() / (1.0 - rho)]
         correlations.append(products.mean(0))
     return MomentErrors.from_changes(*changes), torch.maximum(*correlations)
+
+
+def _far_changes(before: Tensor, late: Tensor) -> tuple[Tensor, Tensor]:
+    """How ``E[(y^2 - 25)_+]`` changes from q to p in K standardized coordinates, and the standard errors, (K,)."""
+    own, ends = ((values.square() - CUT_OFF**2).clamp(min=0.0) for values in (before, late))
+    of_chains = ends.mean(0)
+    return of_chains.mean(0) - own.mean(0), torch.hypot(standard_error(of_chains), standard_error(own))
+
+
+def _as_log2_sd(change: Tensor) -> Tensor:
+    """What more of a variance makes of an sd of 1."""
+    return 0.5 * change.clamp(min=0.0).log1p() / math.log(2.0)
 
 
 def _standardized(values: Tensor, dim: int | tuple[int, ...]) -> Tensor:

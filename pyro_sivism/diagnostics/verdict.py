@@ -33,7 +33,8 @@ class Thresholds:
     """From where on a finding makes a fit (suspect, bad).
 
     Attributes:
-        moment: the error of a mean in posterior sds, or of an sd in log2, beyond two standard errors.
+        moment: the error of a mean in posterior sds, or of an sd in log2, beyond two standard errors; that of a far end
+            beyond one, and never bad.
         fisher: the Fisher divergence beyond two standard errors, in the frame of q; times D / 32 beyond D = 32, where
             as much is spread over more directions and the errors of the moments say which is wrong. That of all draws
             makes a fit suspect, as the ends of a curved ridge show nowhere else, but only that of their bulk makes it
@@ -185,6 +186,7 @@ def judge(
             f"{drift.stuck:.0%} of q's draws are where chains cannot move: at a wall of the density, or in a neck of it"
         )
         found.append(_finding("drift", (), drift.stuck, table.stuck, text))
+        found.append(_far_finding(drift, name, table.moment))
         found += _unjudged(drift, modes, name, table.correlation)
     if fisher is not None:
         finding = _fisher_finding(fisher, name, table.fisher)
@@ -249,6 +251,16 @@ def _moment_findings(
             text = f"along {combination}: {_moment_text(direction.errors, 0)}"
             found.append(_finding(instrument, sites, along, thresholds, text))
     return found
+
+
+def _far_finding(drift: DriftStatistics, name: Callable[[int], str], thresholds: tuple[float, float]) -> Finding:
+    """The far end that q lacks; suspect, not bad, for what a few chains that have come there know."""
+    size, i = drift.far.max(0)
+    site, share = name(int(i)), 100.0 * drift.far_share[i].item()
+    text = (
+        f"{site}: about {share:.1g}% of the posterior's mass is over 5 sds from the draws' mean, where q has too little"
+    )
+    return _finding("drift", (site,), min(size.item(), 0.99 * thresholds[1]), thresholds, text)
 
 
 def _unjudged(

@@ -25,7 +25,7 @@ from pyro_sivism.diagnostics import (
     judge,
     stein_statistics,
 )
-from pyro_sivism.diagnostics.drift import _moment_errors
+from pyro_sivism.diagnostics.drift import _as_log2_sd, _far_changes, _moment_errors
 from pyro_sivism.diagnostics.moments import Frame, standard_error
 from pyro_sivism.diagnostics.two_sample import kolmogorov_smirnov
 from pyro_sivism.errors import ArgumentError, NonFiniteError
@@ -377,11 +377,12 @@ def test_chains_rule_out_errors_of_exact_draws_and_not_of_sds_a_fifth_off(ratio,
     assert drift_statistics(Chains(p, x), min_trajectories=32).rules_out(0.2, 0.05) == rules_out
 
 
-def drift_of(error=0.0, se=0.0, distance=0.0, correlation=0.0):
+def drift_of(error=0.0, se=0.0, distance=0.0, correlation=0.0, far=0.0):
     """Chains of three coordinates that found an error of the second one's sd, and all else where it says."""
     zero, at = torch.zeros(3), torch.tensor([0.0, 1.0, 0.0])
     errors = MomentErrors(zero, zero, error * at, se * at, zero, zero)
-    return DriftStatistics(errors, None, correlation * at, distance * at, 0.9, 0.0, 1000, 500, 32)
+    far, share = far * at, 0.01 * at
+    return DriftStatistics(errors, None, correlation * at, distance * at, far, share, 0.9, 0.0, 1000, 500, 32)
 
 
 def test_errors_are_ruled_out_with_two_standard_errors():
@@ -393,6 +394,8 @@ def test_errors_are_ruled_out_with_two_standard_errors():
 
 
 def test_chains_that_remember_their_starts_rule_nothing_out():
+    assert drift_of(far=0.19).rules_out(0.2, 0.05)
+    assert not drift_of(far=0.21).rules_out(0.2, 0.05)
     assert drift_of(correlation=0.39).rules_out(0.2, 0.05)
     assert not drift_of(correlation=0.41).rules_out(0.2, 0.05)
 
@@ -451,6 +454,45 @@ def test_draws_beyond_a_wall_are_a_finding():
     verdict = judge(statistics_of(), drift=drift)
     assert any("where chains cannot move" in finding.text for finding in verdict.findings)
     assert drift_statistics(Chains(target, torch.distributions.Gamma(2.0, 1.0).sample((1024, 1)).log())).stuck == 0.0
+
+
+def test_far_ends_count_by_what_they_add_to_a_variance():
+    """A hundredth of p is 15 sds out, where q has nothing, in the second coordinate; in the third q has as much."""
+    before = torch.randn(8192, 3).clamp(-4.0, 4.0)
+    late = torch.randn(4, 500, 3).clamp(-4.0, 4.0)
+    late[:, :5, 1:] = 15.0
+    before[:82, 2] = -15.0
+    change, se = _far_changes(before, late)
+    torch.testing.assert_close(change[:2], torch.tensor([0.0, 0.01 * 200.0]))
+    torch.testing.assert_close(_as_log2_sd(change)[1].item(), 0.5 * math.log2(3.0))
+    assert change[2].abs() < 0.01
+    assert se[0] == 0.0
+    assert se[1].item() == pytest.approx(200.0 * math.sqrt(0.01 * 0.99 / 500), rel=0.01)
+    assert se[2] > se[1]
+
+
+def test_chains_find_far_ends_that_q_lacks():
+    """p = .95 N(0, 1) + .05 N(0, 8^2): few chains from the bulk come into the wings, which are most of its variance."""
+
+    def log_density(x):
+        bulk, wings = -0.5 * x[:, 0].square(), -0.5 * (x[:, 0] / 8.0).square()
+        return torch.logaddexp(math.log(0.95) + bulk, math.log(0.05 / 8.0) + wings)
+
+    target, bulk, is_wing = Density(1, log_density), torch.randn(8192, 1), torch.rand(8192, 1) < 0.05
+    drift = drift_statistics(Chains(target, bulk, 512))
+    assert drift.num_trajectories == 32, "few are there after 8, which is reason to go on"
+    assert 0.17 < drift.far.item() < 0.5 * math.log2(0.95 + 0.05 * 64.0)
+    verdict = judge(statistics_of(), drift=drift, labels=["mu"])
+    assert any("mu: about" in finding.text and "over 5 sds" in finding.text for finding in verdict.findings)
+    right = drift_statistics(Chains(target, torch.where(is_wing, 8.0 * torch.randn(8192, 1), bulk), 512))
+    assert right.far.item() < 0.05
+
+
+def test_a_far_end_is_suspect_and_never_bad():
+    for far, level in ((0.1, "good"), (0.3, "suspect"), (3.0, "suspect")):
+        verdict = judge(statistics_of(), drift=drift_of(far=far), labels=["a", "b", "c"])
+        assert verdict.level == level
+        assert (level == "good") == ("5 sds" not in verdict.sentence)
 
 
 def test_chains_that_hardly_move_vouch_for_nothing():
