@@ -34,7 +34,6 @@ class Cycles:
         history: the steps taken.
         on_step: called after each step; whether to end.
         on_cycle: called before each cycle with its length.
-        is_enough: asked on the first rank where the evidence says to end; whether to do so.
         ranks: the processes that share the fit.
         seconds: of each part.
         evidence: gathered before the first cycle and after each, where the number of steps is not given.
@@ -46,7 +45,6 @@ class Cycles:
     history: History
     on_step: Callable[[], bool]
     on_cycle: Callable[[int], None]
-    is_enough: Callable[[], bool]
     ranks: Ranks
     seconds: Seconds
     evidence: list[Evidence] = field(default_factory=list)
@@ -93,39 +91,29 @@ class Cycles:
         Args:
             goes_on: whether q is not the Gaussian that it starts from, so that a cycle is wanted in any case.
         """
-        training = self.training
         # In the noise of random minibatches no error is sure, which is no evidence that there is none.
         is_noisy = self.target.is_subsampled and not isinstance(self.target, AnchoredTarget)
-        rule = StoppingRule(self.target.dim, training.recipe.max_steps, goes_on=goes_on or is_noisy)
+        rule = StoppingRule(self.target.dim, self.training.recipe.max_steps, goes_on=goes_on or is_noisy)
         # Chains of parameters of the model that are learned would hold q where these were.
-        may_follow = training.objective.follows_chains and not training.learns_model
+        may_follow = self.training.objective.follows_chains and not self.training.learns_model
         may_follow &= can_follow_chains(self.target)
         try:
             while True:
                 found, chains = self._gather_evidence(rule)
                 self.evidence.append(found)
-                length = rule.next_cycle(found, is_moving=is_noisy or bool(training.drifting_model_params()))
+                length = rule.next_cycle(found, is_moving=is_noisy or bool(self.training.drifting_model_params()))
                 if rule.last_is_best:
-                    best = training.snapshot()
-                follows = may_follow and not rule.is_settled(found)
+                    best = self.training.snapshot()
                 if self.ranks.together(self.ranks.any, length == 0):
-                    if not rule.last_is_best:
-                        training.restore(best)
-                        chains = None
-                    length = 0 if self._is_enough() else rule.go_on()
-                    if length == 0:
-                        return False
-                    follows = may_follow  # scores have seen nothing, or no more than they did
+                    break
+                follows = may_follow and not rule.is_settled(found)
                 if self._take_following(length, chains) if follows else self.take(length):
                     return True
         finally:
-            training.follow(None)
-
-    def _is_enough(self) -> bool:
-        """Whether to end, the same on all ranks; waits for the first one."""
-        answer = torch.tensor(float(not self.ranks.is_first or self.ranks.together(self.is_enough)))
-        self.ranks.together(self.ranks.broadcast_, [answer])
-        return bool(answer)
+            self.training.follow(None)
+        if not rule.last_is_best:
+            self.training.restore(best)
+        return False
 
     def _follow(self, chains: Chains | None) -> None:
         """Let the next steps follow these chains from q's draws, or new ones."""

@@ -360,20 +360,8 @@ class SIVISM:
             def on_cycle(number: int) -> None:
                 bar.total = len(history.infos) + number
 
-            def is_enough() -> bool:
-                last, self._verdict = self._verdict, self._judge(training)
-                return self._verdict is None or self._verdict.is_settled(last)
-
             cycles = Cycles(
-                training,
-                self._scored,
-                self.guide.affine,
-                history,
-                on_step,
-                on_cycle,
-                is_enough,
-                self.ranks,
-                self._seconds,
+                training, self._scored, self.guide.affine, history, on_step, on_cycle, self.ranks, self._seconds
             )
             try:
                 if num_steps is not None:
@@ -389,10 +377,10 @@ class SIVISM:
             finally:
                 training.plan(None)
         infos = history.read()
-        if self.ranks.is_first and (num_steps is None or len(infos) >= _MIN_STEPS_TO_JUDGE):
-            if interrupted or num_steps is not None:  # otherwise the run ended by a verdict
-                self._verdict = self._judge(training)
-            self._report(progress_bar)
+        if (num_steps is None or len(infos) >= _MIN_STEPS_TO_JUDGE) and self.ranks.is_first:
+            self._verdict = self._judge(training)
+            if progress_bar and self._verdict is not None:
+                print(f"SIVISM: {self._verdict}")
             self._report_drift(training)
         return FitResult(
             num_steps=len(infos),
@@ -409,24 +397,19 @@ class SIVISM:
         )
 
     def _judge(self, training: Training) -> Verdict | None:
-        """The verdict on the guide; None if there could be none."""
+        """The verdict on the guide, with a warning unless it is good; None if there could be none."""
         try:
             with self._seconds.of("verdict"):
-                return assess(
+                verdict = assess(
                     self._scored, self.guide.affine, training.averaged, training.objective, self._gaussian_fit
                 )
         except SivismError as error:
             warn(f"the fit could not be judged: {error}", FitWarning)
             return None
-
-    def _report(self, prints: bool) -> None:
-        """Say what the verdict is, with a warning unless it is good."""
-        verdict = self._verdict
-        if verdict is not None and verdict.level != "good":
+        if verdict.level != "good":
             cures = " ".join(filter(None, (suggestion(self.target), _CURES)))
             warn(f"the fit is {verdict.level}: {verdict.sentence}. {cures}", FitWarning)
-        if verdict is not None and prints:
-            print(f"SIVISM: {verdict}")
+        return verdict
 
     def _report_drift(self, training: Training) -> None:
         """Say so where the run ended with the model's parameters still on their way."""

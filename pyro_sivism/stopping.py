@@ -13,9 +13,6 @@ is judged on fresh draws and the scores there, never by the losses of the steps,
 - has *stalled*: both are tolerable, and the last cycle, half of all steps, made neither smaller by a quarter; or
 - has had as many steps as the recipe allows.
 
-Then comes the verdict, which has chains of its own. Where it finds what more steps may mend, and more than the verdict
-before it, if any, the run goes on after all.
-
 The last q is kept, unless one before was clearly better. Where the Gaussian that q starts from is the posterior
 already, no step is taken.
 """
@@ -131,13 +128,6 @@ class StoppingRule:
         length = min(length, self.max_steps - self._num_steps)
         self._num_steps += length
         self._num_cycles += 1
-        return length
-
-    def go_on(self) -> int:
-        """How many steps to go on for where the rule has said to end, and the verdict is another; 0 if there are no
-        more."""
-        length = min(self._num_steps or _FIRST_CYCLE, self.max_steps - self._num_steps)
-        self._num_steps += length
         return length
 
     def _is_enough(self, evidence: Evidence) -> bool:

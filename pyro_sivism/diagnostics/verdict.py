@@ -24,8 +24,6 @@ from pyro_sivism.diagnostics.tails import TailIndices
 __all__ = ["Finding", "Thresholds", "Verdict", "is_alarming", "judge"]
 
 LEVELS = ("good", "suspect", "bad")
-_MENDED_BY_STEPS = ("stein", "drift", "fisher")
-_BETTER = 0.25  # of a severity: an error of a moment that is smaller by a quarter
 
 
 @dataclass(frozen=True)
@@ -111,14 +109,6 @@ class Verdict:
     @property
     def worst(self) -> Finding | None:
         return self.findings[0] if self.findings else None
-
-    def is_settled(self, last: Verdict | None) -> bool:
-        """Whether more steps are not worth taking: the verdict is good; or on what steps do not mend, such as a lost
-        mode or a tail; or the ``last`` one, some steps ago, was hardly worse.
-        """
-        if self.worst is None or self.worst.instrument not in _MENDED_BY_STEPS:
-            return True
-        return last is not None and last.worst is not None and self.worst.severity > last.worst.severity - _BETTER
 
     def as_dict(self) -> dict[str, float | str]:
         """The verdict as plain values, for the attributes of a file."""

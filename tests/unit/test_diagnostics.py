@@ -753,19 +753,6 @@ def test_verdict_takes_the_worst_of_all_instruments():
     assert "x[2] by -5.0 sds" in verdict.findings[1].text
 
 
-def test_steps_are_worth_taking_where_they_mend_what_is_wrong_and_have_done_so():
-    small = torch.zeros(3)
-    lost = ModeSearch((Mode(small, torch.tensor([0.0, 0.0, -5.0]), 0.5, 0.0, True),), 0.5, 48, 1000)
-    right, off, worse = (judge(statistics_of(mean=mean)) for mean in (0.0, 0.3, 0.45))
-    assert right.is_settled(None)
-    assert not off.is_settled(None)
-    assert off.is_settled(off)
-    assert not off.is_settled(worse)
-    assert worse.is_settled(off)
-    assert judge(statistics_of(mean=0.3), modes=lost).is_settled(None)
-    assert not judge(statistics_of(), fisher=fisher_of(20.0)).is_settled(None)
-
-
 def test_a_thin_tail_alone_is_suspect_and_never_bad():
     """A few draws may make up the total: only what it is without them, beyond its noise, makes a fit bad."""
     coordinates = torch.tensor([0.1, 0.0, 0.0])

@@ -104,18 +104,6 @@ def test_a_run_ends_when_chains_rule_out_that_its_divergence_matters():
     assert lengths(1, is_moving=True) == [300, 300]
 
 
-def test_a_run_goes_on_after_its_end_up_to_the_most_steps():
-    rule = StoppingRule(10, 2000)
-    assert [rule.next_cycle(Evidence(0, *found)) for found in (FAR, RIGHT)] == [300, 0]
-    assert rule.go_on() == 300
-    assert rule.next_cycle(Evidence(600, *FAR)) == 600
-    assert rule.next_cycle(Evidence(1200, *RIGHT)) == 0
-    assert [rule.go_on(), rule.go_on()] == [800, 0]
-    untouched = StoppingRule(10, 2000)
-    assert untouched.next_cycle(Evidence(0, 0.0, 1e-3)) == 0
-    assert untouched.go_on() == 300
-
-
 def test_noise_of_errors_too_small_to_matter_is_no_gain():
     assert cycles(FAR, (0.04, 0.6), (0.0, 0.6)) == [300, 300, 0]
     assert cycles(FAR, (0.1, 0.2), (0.1, 0.01)) == [300, 300, 0]
