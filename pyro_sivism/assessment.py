@@ -167,7 +167,7 @@ def gather_evidence(
         drift = drift_statistics(chains, **(_PROOF if wants_proof else _EVIDENCE))
     except (ArgumentError, NonFiniteError):  # too few draws left, or no spread in them
         return Evidence(num_steps, moment_error=math.inf, divergence=math.inf), None
-    moment_error = max(drift.limit(errors).largest(), drift.coordinates.largest(), drift.far.max().item())
+    moment_error = max(drift.limit(errors).largest(), drift.largest())
     is_ruled_out = wants_proof and drift.rules_out(*_RULED_OUT)
     return replace(evidence, moment_error=moment_error, by_chains=True, is_ruled_out=is_ruled_out), chains
 

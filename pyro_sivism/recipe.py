@@ -69,8 +69,8 @@ class Recipe:
         objective alone the largest error of a mean in the same Gaussian-process regression was .09 sds after 2,400, the
         median of five seeds, and .06 after 4,800; following chains, .05 after 600 to 2,400.
 
-        Beyond D = 150 the guide moves more slowly. With gates, and where q follows chains, it need not before: at half
-        the rate a two-parameter response model of 144 dimensions took 2,400 steps for 1,200.
+        Beyond D = 256 the guide moves more slowly. It need not where q follows chains: at half the rate a two-parameter
+        response model of 144 dimensions took 2,400 steps for 1,200.
 
         Up to D = 256 the conditional sd follows z, and up to 1,024 both networks are gated. Without gates it did not
         end well beyond D = 32: the worst sd of a hierarchical regression in 90 dimensions was off by .68 in log2 after
@@ -78,8 +78,9 @@ class Recipe:
         followed z; with gates both are off by .1 and less after 300 to 600 steps. Where D is in the thousands, of no
         hierarchy that was measured, gates would double the networks' largest layers.
 
-        Beyond D = 256 z is shorter than x and the critic narrower, so that the networks grow with D and not with D^2:
-        coordinates without a mixing variable of their own start with conditional sd 1.
+        Hidden layers are at most 256 wide, and beyond D = 256 z is shorter than x, so that the networks grow with D and
+        not with D^2; a critic of 432 did no better than one of 256 in 144 dimensions. Coordinates without a mixing
+        variable of their own start with conditional sd 1.
 
         The default critic begins as the exact score of the first q and needs little of a warm-up; a critic of the
         user's, or a guide that was trained before, is what it is there for.
@@ -89,7 +90,7 @@ class Recipe:
             mixing_dim=min(dim, _MAX_MIXING_DIM),
             guide_hidden_dims=(_clip(2 * dim, 64, 256),) * 2,
             critic_hidden_dims=(_clip(3 * dim, 128, 256),) * 2,
-            guide_lr=3e-3 * min(1.0, (150.0 / dim) ** 0.5),
+            guide_lr=3e-3 * (30.0 / dim) ** 0.5 if large else 3e-3,
             critic_lr=6e-3,
             input_lr_factor=min(1.0, 16.0 / dim),
             scale_depends_on_z=not large,

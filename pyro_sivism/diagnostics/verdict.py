@@ -1,8 +1,9 @@
 """One verdict from all the instruments: good, suspect or bad, and a sentence that says what is wrong and where.
 
 Every instrument's findings are put beside the thresholds of one table, :class:`Thresholds`; the worst one gives the
-level and the sentence. Errors of means and sds count with what is left of them after two standard errors, so that Monte
-Carlo noise does not raise an alarm. ``benchmarks/verdict.py`` measures what the levels are worth against true errors.
+level and the sentence. Errors of means and sds count with what is left of them after two standard errors, far ends with
+what is left after one, so that Monte Carlo noise does not raise an alarm. ``benchmarks/verdict.py`` measures what the
+levels are worth against true errors.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from pyro_sivism.diagnostics.drift import DriftStatistics
 from pyro_sivism.diagnostics.fisher import FisherStatistics
 from pyro_sivism.diagnostics.modes import Mode, ModeSearch
-from pyro_sivism.diagnostics.moments import NUM_STANDARD_ERRORS, MomentErrors
+from pyro_sivism.diagnostics.moments import CUT_OFF, NUM_STANDARD_ERRORS, MomentErrors
 from pyro_sivism.diagnostics.stein import SteinStatistics, WorstDirection
 from pyro_sivism.diagnostics.tails import TailIndices
 
@@ -118,6 +119,8 @@ class Verdict:
                 errors = statistics.coordinates
                 values[f"{name}_mean_max"] = errors.mean.abs().max().item()
                 values[f"{name}_log2_sd_max"] = errors.log2_sd.abs().max().item()
+        if self.drift is not None:
+            values["drift_far_max"] = self.drift.far.max().item()
         if self.fisher is not None:
             values["fisher_divergence"], values["fisher_divergence_se"] = self.fisher.total, self.fisher.total_se
             values["fisher_divergence_bulk"] = self.fisher.bulk
@@ -246,9 +249,10 @@ def _moment_findings(
 def _far_finding(drift: DriftStatistics, name: Callable[[int], str], thresholds: tuple[float, float]) -> Finding:
     """The far end that q lacks; suspect, not bad, for what a few chains that have come there know."""
     size, i = drift.far.max(0)
-    site, share = name(int(i)), 100.0 * drift.far_share[i].item()
+    site = name(int(i))
     text = (
-        f"{site}: about {share:.1g}% of the posterior's mass is over 5 sds from the draws' mean, where q has too little"
+        f"{site}: chains are over {CUT_OFF:.0f} sds from the draws' mean {_percent(drift.far_share[i].item())} of the "
+        f"time, q's draws {_percent(drift.far_share_of_draws[i].item())}"
     )
     return _finding("drift", (site,), min(size.item(), 0.99 * thresholds[1]), thresholds, text)
 
@@ -332,8 +336,7 @@ def _mode_findings(modes: ModeSearch, name: Callable[[int], str], table: Thresho
     found = []
     for mode in modes.lost:
         sites, where = _where(mode, name)
-        share = f"{mode.share:.0%}" if mode.share > 0.01 else f"{100.0 * mode.share:.2g}%"
-        text = f"another mode with about {share} of the posterior's mass has no draws: {where}"
+        text = f"another mode with about {_percent(mode.share)} of the posterior's mass has no draws: {where}"
         # A small mode far away can ruin an sd: suspect, not bad, for what is known of so small a mass.
         small = _finding("modes", sites, min(mode.effect, 0.99 * table.moment[1]), table.moment, text)
         found.append(max(_finding("modes", sites, mode.share, table.mode, text), small, key=lambda each: each.severity))
@@ -343,6 +346,10 @@ def _mode_findings(modes: ModeSearch, name: Callable[[int], str], table: Thresho
         text = f"{mode.draw_share:.0%} of the draws are in a mode with about {mode.share:.0%} of the mass: {where}"
         found.append(_finding("modes", sites, modes.weight_error, table.weight, text))
     return found
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share > 0.01 else f"{100.0 * share:.2g}%"
 
 
 def _where(mode: Mode, name: Callable[[int], str]) -> tuple[tuple[str, ...], str]:

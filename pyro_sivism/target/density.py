@@ -260,8 +260,7 @@ class Target:
         if x.dim() != 2 or x.shape[0] == 0 or x.shape[1] != self.dim:
             raise ArgumentError(f"expected points of shape (B, {self.dim}) with B > 0, got {tuple(x.shape)}")
         self.num_evaluations += x.shape[0]
-        budget = _CPU_BUDGET if x.device.type == "cpu" else _MEMORY_BUDGET
-        num_chunks = -(-len(x) * self._binding.bytes_per_particle // budget)
+        num_chunks = -(-len(x) * self._binding.bytes_per_particle // _budget(x.device))
         if num_chunks > 1:
             parts = [self._evaluate_chunk(what, chunk) for chunk in x.chunk(min(num_chunks, len(x)))]
             log_densities, scores = zip(*parts)
@@ -279,6 +278,10 @@ class Target:
 
     def _evaluate_along(self, path: str, x: Tensor, what: str = "both") -> tuple[Tensor | None, Tensor | None]:
         return self._binding.evaluate_along(path, x, what)
+
+
+def _budget(device: torch.device) -> int:
+    return _CPU_BUDGET if device.type == "cpu" else _MEMORY_BUDGET
 
 
 def _concatenate(parts: Sequence[Tensor | None]) -> Tensor | None:

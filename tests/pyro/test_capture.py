@@ -862,6 +862,14 @@ def multinomial():
     pyro.sample("y", dist.Multinomial(6, p), obs=torch.tensor([1.0, 2.0, 3.0]))
 
 
+def test_batches_are_smaller_where_they_should_fit_a_cache():
+    assert (
+        density._budget(torch.device("cpu"))
+        < density._budget(torch.device("cuda"))
+        == density._budget(torch.device("xpu"))
+    )
+
+
 @pytest.mark.parametrize(("model", "num_chunks"), [(curved, 2), (curved, 1000), (multinomial, 2)])
 def test_chunks_past_the_memory_budget_give_the_same(model, num_chunks, monkeypatch, no_checks):
     target = make_target(model)

@@ -6,6 +6,7 @@ import copy
 import functools
 import math
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pyro
@@ -767,6 +768,19 @@ def test_evidence_has_long_chains_where_proof_is_wanted_and_short_ones_where_sco
     assert gathered(0.1, far) == ([32], True), "it has settled only now"
     assert gathered(0.5, far) == ([32], True)
     assert gathered(50.0, far) == ([32], True)
+
+
+def test_evidence_counts_far_ends(monkeypatch):
+    scores, rule = Scores(monkeypatch), StoppingRule(1, 2400)
+    rule.next_cycle(Evidence(0, 0.4, 3.0))
+    scores.divergence = 0.5
+    monkeypatch.setattr(
+        "pyro_sivism.assessment.drift_statistics",
+        lambda *args, **kwargs: replace(drift_statistics(*args, **kwargs), far_change=torch.tensor([3.0])),
+    )
+    found, _ = gather_evidence(*scores.q, 300, rule)
+    assert found.moment_error == pytest.approx(1.0)
+    assert not found.is_ruled_out
 
 
 def test_evidence_is_no_proof_where_chains_find_an_error(monkeypatch):

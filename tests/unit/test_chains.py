@@ -73,6 +73,23 @@ def test_what_chains_cost_is_what_the_target_counts(p):
     assert chains.stuck < 0.05
 
 
+def test_log_densities_are_those_of_the_ends_of_trajectories(p):
+    """Scores alone cost less."""
+
+    class Counting(GaussianTarget):
+        num_log_densities = 0
+
+        def log_density_and_score(self, x):
+            self.num_log_densities += 1
+            return super().log_density_and_score(x)
+
+    counting = Counting(p.loc, p.covariance)
+    chains = Chains(counting, draws(p, 500))
+    counting.num_log_densities = 0
+    chains.run(8)
+    assert counting.num_log_densities == 8
+
+
 def test_chains_do_not_start_where_p_is_not_finite(p):
     class Cut(GaussianTarget):
         """p, with nothing below its mean less an sd in the first coordinate."""

@@ -377,12 +377,26 @@ def test_chains_rule_out_errors_of_exact_draws_and_not_of_sds_a_fifth_off(ratio,
     assert drift_statistics(Chains(p, x), min_trajectories=32).rules_out(0.2, 0.05) == rules_out
 
 
-def drift_of(error=0.0, se=0.0, distance=0.0, correlation=0.0, far=0.0):
+def drift_of(error=0.0, se=0.0, distance=0.0, correlation=0.0, far=0.0, far_se=0.0, share=0.01):
     """Chains of three coordinates that found an error of the second one's sd, and all else where it says."""
     zero, at = torch.zeros(3), torch.tensor([0.0, 1.0, 0.0])
     errors = MomentErrors(zero, zero, error * at, se * at, zero, zero)
-    far, share = far * at, 0.01 * at
-    return DriftStatistics(errors, None, correlation * at, distance * at, far, share, 0.9, 0.0, 1000, 500, 32)
+    change = 4.0**far - 1.0
+    return DriftStatistics(
+        errors,
+        None,
+        correlation * at,
+        distance * at,
+        change * at,
+        far_se * at,
+        share * at,
+        zero,
+        0.9,
+        0.0,
+        1000,
+        500,
+        32,
+    )
 
 
 def test_errors_are_ruled_out_with_two_standard_errors():
@@ -390,12 +404,12 @@ def test_errors_are_ruled_out_with_two_standard_errors():
     assert not drift_of(error=-0.1, se=0.04).rules_out(0.179, 0.05)
     assert not drift_of(error=0.1, se=0.04).rules_out(0.179, 0.05)
     assert drift_of(distance=0.03).rules_out(0.2, 0.031)
+    assert drift_of(far_se=0.5 * (4.0**0.19 - 1.0)).rules_out(0.2, 0.05)
+    assert not drift_of(far_se=0.5 * (4.0**0.21 - 1.0)).rules_out(0.2, 0.05)
     assert not drift_of(distance=0.03).rules_out(0.2, 0.029)
 
 
 def test_chains_that_remember_their_starts_rule_nothing_out():
-    assert drift_of(far=0.19).rules_out(0.2, 0.05)
-    assert not drift_of(far=0.21).rules_out(0.2, 0.05)
     assert drift_of(correlation=0.39).rules_out(0.2, 0.05)
     assert not drift_of(correlation=0.41).rules_out(0.2, 0.05)
 
@@ -483,16 +497,35 @@ def test_chains_find_far_ends_that_q_lacks():
     assert drift.num_trajectories == 32, "few are there after 8, which is reason to go on"
     assert 0.17 < drift.far.item() < 0.5 * math.log2(0.95 + 0.05 * 64.0)
     verdict = judge(statistics_of(), drift=drift, labels=["mu"])
-    assert any("mu: about" in finding.text and "over 5 sds" in finding.text for finding in verdict.findings)
+    assert any("mu: chains are over 5 sds" in finding.text for finding in verdict.findings)
+    assert 0.01 < drift.far_share.item() < 0.04
+    assert drift.far_share_of_draws.item() == 0.0
     right = drift_statistics(Chains(target, torch.where(is_wing, 8.0 * torch.randn(8192, 1), bulk), 512))
     assert right.far.item() < 0.05
+    sd = math.sqrt(0.95 + 0.05 * 64.0)
+    assert right.far_share_of_draws.item() == pytest.approx(0.05 * 2.0 * norm.sf(5.0 * sd / 8.0), rel=0.25)
 
 
 def test_a_far_end_is_suspect_and_never_bad():
-    for far, level in ((0.1, "good"), (0.3, "suspect"), (3.0, "suspect")):
-        verdict = judge(statistics_of(), drift=drift_of(far=far), labels=["a", "b", "c"])
+    for far, share, level, percent in (
+        (0.1, 0.01, "good", ""),
+        (0.3, 0.003, "suspect", "0.3%"),
+        (3.0, 0.12, "suspect", "12%"),
+    ):
+        verdict = judge(statistics_of(), drift=drift_of(far=far, share=share), labels=["a", "b", "c"])
+        text = f"b: chains are over 5 sds from the draws' mean {percent} of the time, q's draws 0%"
         assert verdict.level == level
-        assert (level == "good") == ("5 sds" not in verdict.sentence)
+        assert (verdict.sentence == text) == (level == "suspect")
+    assert verdict.as_dict()["drift_far_max"] == pytest.approx(3.0)
+
+
+def test_far_ends_count_beyond_their_noise():
+    """A change of .5 is .29 in log2 of an sd; less one standard error of .2 it is .19, less two .07."""
+    found = drift_of(far=0.5 * math.log2(1.5), far_se=0.2)
+    assert found.far[1].item() == pytest.approx(0.5 * math.log2(1.3))
+    chance = math.sqrt(2.0 * math.log(6.0))
+    assert found.largest() == pytest.approx(0.5 * math.log2(1.5 - 0.2 * chance))
+    assert drift_of(far=0.5 * math.log2(1.5), far_se=0.3).largest() == 0.0
 
 
 def test_chains_that_hardly_move_vouch_for_nothing():
