@@ -8,7 +8,7 @@ import pytest
 
 from pyro_sivism.stopping import Evidence, StoppingRule
 
-FAR, NEAR, RIGHT = (0.4, 3.0), (0.1, 0.6), (0.02, 0.05)
+FAR, NEAR, RIGHT = (0.4, 3.0), (0.08, 0.6), (0.02, 0.05)
 
 
 def cycles(*found: tuple[float, float], dim: int = 10, max_steps: int = 2400, **options: bool) -> list[int]:
@@ -32,10 +32,17 @@ def test_a_run_ends_when_it_has_settled():
 def test_a_run_ends_when_it_has_stalled():
     assert cycles(FAR, NEAR, NEAR) == [300, 300, 0]
     assert cycles(FAR, NEAR, (0.05, 0.6)) == [300, 300, 600]
-    assert cycles(FAR, NEAR, (0.1, 0.46)) == [300, 300, 0]
-    assert cycles(FAR, NEAR, (0.1, 0.44)) == [300, 300, 600]
+    assert cycles(FAR, NEAR, (0.08, 0.46)) == [300, 300, 0]
+    assert cycles(FAR, NEAR, (0.08, 0.44)) == [300, 300, 600]
     assert cycles(FAR, (0.02, 4.0)) == [300, 300]  # the first cycle may leave more than there was
     assert cycles((0.02, 0.5), (0.02, 0.6), (0.02, 0.6)) == [300, 300, 0]
+
+
+def test_a_moment_that_may_matter_has_to_stall_twice():
+    assert cycles(FAR, (0.1, 0.6), (0.1, 0.6), (0.1, 0.6)) == [300, 300, 600, 0]
+    assert cycles(FAR, (0.1, 0.6), (0.1, 0.6), (0.1, 0.4)) == [300, 300, 600, 1200]
+    assert cycles(FAR, (0.1, 0.6), (0.1, 0.4), (0.1, 0.4), max_steps=9600) == [300, 300, 600, 1200]
+    assert cycles(FAR, (0.1, 0.6), (0.08, 0.6)) == [300, 300, 0]
 
 
 def test_a_run_does_not_end_where_its_verdict_would_be_bad():
@@ -106,7 +113,7 @@ def test_a_run_ends_when_chains_rule_out_that_its_divergence_matters():
 
 def test_noise_of_errors_too_small_to_matter_is_no_gain():
     assert cycles(FAR, (0.04, 0.6), (0.0, 0.6)) == [300, 300, 0]
-    assert cycles(FAR, (0.1, 0.2), (0.1, 0.01)) == [300, 300, 0]
+    assert cycles(FAR, (0.08, 0.2), (0.08, 0.01)) == [300, 300, 0]
 
 
 def test_a_gaussian_that_is_the_posterior_takes_no_step_unless_it_is_to_go_on():
@@ -133,7 +140,7 @@ def test_divergences_are_small_in_proportion_to_the_dimension():
     assert cycles(FAR, (0.02, 0.5), dim=10) == [300, 300]
     assert cycles(FAR, (0.02, 0.5), dim=96) == [300, 0]
     # 96 dimensions: 1.92 is small, and 3 tolerable
-    assert cycles(FAR, (0.1, 2.5), (0.1, 2.5), dim=96) == [300, 300, 0]
+    assert cycles(FAR, (0.08, 2.5), (0.08, 2.5), dim=96) == [300, 300, 0]
     assert cycles(FAR, (0.1, 3.5), (0.1, 3.5), dim=96) == [300, 300, 600]
 
 
