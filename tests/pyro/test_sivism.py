@@ -559,16 +559,19 @@ def test_banana_that_a_gaussian_cannot_fit():
 
     The Gaussian nearest in KL(q, p) has corr(x^2, y) = 0, and s = sd x at the minimum of
     s^2 / 2 + s^4 / .09 - log s, which is .37: a thin slice of the banana. The defaults must leave at most a third of
-    its error in both moments; beside the thin ridge scores still differ, which the verdict says.
+    its error in both means and sds. Beside the thin ridge scores still differ, but chains find nothing that matters.
     """
     sivism = SIVISM(banana)
-    with pytest.warns(FitWarning, match="the fit is suspect"):
-        sivism.run(None, progress_bar=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FitWarning)  # one seed in five is suspect
+        fit = sivism.run(None, progress_bar=False)
+    assert fit.verdict.level != "bad"
     draws = sivism.sample(20_000)
     curvature = torch.corrcoef(torch.stack([draws["x"] ** 2, draws["y"]]))[0, 1]
     assert curvature > 0.9
     assert abs(draws["x"].std() - 1) < (1 - 0.37) / 3
     assert abs(draws["y"].mean() - 1) < (1 - 0.37**2) / 3
+    assert abs((draws["y"].std() / math.sqrt(2.09)).log2()) < 0.3
 
 
 @pytest.mark.parametrize(("size", "subsample_size"), [(12, 3), (20, 2)])
