@@ -47,8 +47,8 @@ class Evidence:
 
     Attributes:
         num_steps: steps taken when it was gathered, in all runs.
-        moment_error: the largest error of a mean in posterior sds, or of an sd in log2, beyond what chance makes the
-            largest of so many.
+        moment_error: the largest error of a mean in posterior sds, or of an sd in log2, by a far end too, beyond what
+            chance makes the largest of so many.
         divergence: the Fisher divergence in the whitened space, by the trained critic, but for the draws furthest off
             (:attr:`~pyro_sivism.diagnostics.FisherStatistics.bulk`).
         by_chains: whether the error of moments is by chains, too, which see more.

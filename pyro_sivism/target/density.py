@@ -50,8 +50,9 @@ __all__ = ["Target"]
 PATHS = ("captured", "captured_plate", "vmap", "plate")
 _MAX_BINDINGS = 8
 _MAX_CAPTURED_BINDINGS = 16  # of arguments whose shapes change all the time the model is run: to record takes longer
-# Bytes of intermediate results in one batch of scores. On the CPU as much as stays near its caches and is not returned
-# to the system after each operation: 512 scores of a regression on 5,000 rows took 39 ms in one batch, 14 in eight.
+# Bytes of intermediate results in one batch of scores. On the CPU a graph is replayed on as much as stays near caches
+# and is not returned to the system after each operation: 512 scores of a regression on 5,000 rows took 39 ms in one
+# batch, 14 in eight. Where each batch is a run of the model, more of them cost more.
 _MEMORY_BUDGET, _CPU_BUDGET = 2**30, 2**25
 
 
@@ -260,7 +261,7 @@ class Target:
         if x.dim() != 2 or x.shape[0] == 0 or x.shape[1] != self.dim:
             raise ArgumentError(f"expected points of shape (B, {self.dim}) with B > 0, got {tuple(x.shape)}")
         self.num_evaluations += x.shape[0]
-        num_chunks = -(-len(x) * self._binding.bytes_per_particle // _budget(x.device))
+        num_chunks = -(-len(x) * self._binding.bytes_per_particle // _budget(x.device, self.path))
         if num_chunks > 1:
             parts = [self._evaluate_chunk(what, chunk) for chunk in x.chunk(min(num_chunks, len(x)))]
             log_densities, scores = zip(*parts)
@@ -280,8 +281,8 @@ class Target:
         return self._binding.evaluate_along(path, x, what)
 
 
-def _budget(device: torch.device) -> int:
-    return _CPU_BUDGET if device.type == "cpu" else _MEMORY_BUDGET
+def _budget(device: torch.device, path: TargetPath) -> int:
+    return _CPU_BUDGET if device.type == "cpu" and path.name.startswith("captured") else _MEMORY_BUDGET
 
 
 def _concatenate(parts: Sequence[Tensor | None]) -> Tensor | None:

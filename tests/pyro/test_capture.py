@@ -24,7 +24,7 @@ from pyro_sivism.target import Target, binding, capture, density, replays
 from pyro_sivism.target.arguments import Arguments
 from pyro_sivism.target.capture import CapturedDensity, CaptureError
 from pyro_sivism.target.minibatches import draw_indices
-from pyro_sivism.target.paths import agree, nudged, rounding_slack
+from pyro_sivism.target.paths import TargetPath, agree, nudged, rounding_slack
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -862,12 +862,13 @@ def multinomial():
     pyro.sample("y", dist.Multinomial(6, p), obs=torch.tensor([1.0, 2.0, 3.0]))
 
 
-def test_batches_are_smaller_where_they_should_fit_a_cache():
-    assert (
-        density._budget(torch.device("cpu"))
-        < density._budget(torch.device("cuda"))
-        == density._budget(torch.device("xpu"))
-    )
+@pytest.mark.parametrize(
+    ("device", "path", "is_small"),
+    [("cpu", "captured", True), ("cpu", "captured_plate", True), ("cpu", "vmap", False), ("cuda", "captured", False)],
+)
+def test_batches_are_small_where_a_graph_is_replayed_near_a_cache(device, path, is_small):
+    budget = density._budget(torch.device(device), TargetPath(path, ""))
+    assert budget == (density._CPU_BUDGET if is_small else density._MEMORY_BUDGET)
 
 
 @pytest.mark.parametrize(("model", "num_chunks"), [(curved, 2), (curved, 1000), (multinomial, 2)])
