@@ -29,7 +29,7 @@ from fresh import run_fresh
 
 NUM_DRAWS = 2000
 BUDGETS: dict[str, list[int | None]] = {
-    "SIVISM": [300, None],
+    "SIVISM": [150, None],
     "NUTS": [250, 1000],
     "AutoNormal": [1000, 3000],
     "AutoMultivariateNormal": [1000, 3000],

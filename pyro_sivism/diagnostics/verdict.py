@@ -163,6 +163,19 @@ def judge(
     name = _namer(labels)
     stein_errors = stein.coordinates if drift is None else drift.limit(stein.coordinates)
     found = _moment_findings("stein", stein_errors, stein.direction, name, table.moment)
+    if drift is not None:
+        seen = _moment_findings("drift", drift.coordinates, drift.direction, name, table.moment)
+        if _worst_level(seen) >= _worst_level(found):
+            # Where chains went is so; where q is narrow and far off, what Stein's identity extrapolates may be of the
+            # wrong sign.
+            found.clear()
+        found += seen
+        text = (
+            f"{drift.stuck:.0%} of q's draws are where chains cannot move: at a wall of the density, or in a neck of it"
+        )
+        found.append(_finding("drift", (), drift.stuck, table.stuck, text))
+        found.append(_far_finding(drift, name, table.moment))
+        found += _unjudged(drift, modes, name, table.correlation)
     num_draws = stein.num_draws + stein.num_nonfinite
     found.append(
         _finding(
@@ -173,14 +186,6 @@ def judge(
             f"the model's density is not finite at {stein.num_nonfinite} of {num_draws} draws",
         )
     )
-    if drift is not None:
-        found += _moment_findings("drift", drift.coordinates, drift.direction, name, table.moment)
-        text = (
-            f"{drift.stuck:.0%} of q's draws are where chains cannot move: at a wall of the density, or in a neck of it"
-        )
-        found.append(_finding("drift", (), drift.stuck, table.stuck, text))
-        found.append(_far_finding(drift, name, table.moment))
-        found += _unjudged(drift, modes, name, table.correlation)
     if fisher is not None:
         finding = _fisher_finding(fisher, name, table.fisher)
         if finding.level == "bad" or drift is None or not drift.rules_out(*table.ruled_out):
@@ -224,6 +229,10 @@ def _finding(
     suspect, bad = thresholds
     severity = 1.0 + math.log(max(size, 1e-9) / suspect) / math.log(bad / suspect)
     return Finding(instrument, sites, size, severity, text)
+
+
+def _worst_level(findings: Sequence[Finding]) -> int:
+    return max(LEVELS.index(finding.level) for finding in findings)
 
 
 def _moment_findings(

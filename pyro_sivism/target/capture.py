@@ -27,7 +27,7 @@ from torch.func import vmap
 from pyro_sivism.target.batch_graph import BatchGraph, sizes_in, unused_size
 from pyro_sivism.target.broadcasts import expand_late, factor_out
 from pyro_sivism.target.functorch import functorch_ready
-from pyro_sivism.target.graph import is_random, simplify
+from pyro_sivism.target.graph import index_rows, is_random, simplify
 from pyro_sivism.target.paths import agree, direction, nudged, rounding_slack
 from pyro_sivism.target.recording import Recording, record
 from pyro_sivism.target.runs import ModelRuns
@@ -134,7 +134,7 @@ class CapturedDensity:
                 log_densities = self._record_model(self._runs.in_plate, points).compile()
             with torch.no_grad():
                 recording = record(_with_score(log_densities), points, *inputs, differentiates=True)
-            recording = simplify(recording)
+            recording = index_rows(simplify(recording))
             recordings.append(simplify(factor_out(recording, sizes[-1])) if self._factors_out else recording)
             used |= sizes_in(recording)
         graph = BatchGraph(recordings, sizes)

@@ -98,7 +98,7 @@ def test_who_leaves_compiling_to_a_run_has_no_single_step_compiled(compiler, mon
     sivism = SIVISM(regression).setup(X, Y)
     training = sivism._training
     monkeypatch.setattr("pyro_sivism.training._COMPILE_SECONDS", 0.0)
-    training.follow(SlicedDistance(torch.randn(100, 4), torch.eye(4), 128))
+    training.follow(SlicedDistance(torch.randn(100, 4), torch.eye(4), training.num_own_particles))
     sivism.run(STEPS, X, Y, progress_bar=False)
     assert training.is_compiled
     training.follow(None)

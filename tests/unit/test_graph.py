@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.func import grad, vmap
 
-from pyro_sivism.target.graph import is_random, simplify
+from pyro_sivism.target.graph import index_rows, is_random, simplify
 from pyro_sivism.target.recording import is_recording, own_detach, record
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -546,3 +546,77 @@ def test_is_recording_says_so_while_it_lasts():
     with pytest.raises(ZeroDivisionError):
         record(lambda x: x / (1 // 0), X)
     assert [*seen, is_recording()] == [True, False]
+
+
+def with_gradient(function):
+    """A function's value and its gradient, as the graph of a batch has them."""
+
+    def both(x, *inputs):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            value = function(x, *inputs)
+            return value, *torch.autograd.grad(value, x, create_graph=True)
+
+    return both
+
+
+INDEX = torch.tensor([3, 0, -1, 0, 2, 2])
+ROWS = {
+    "of each point": lambda x, index: (x[:, index] ** 3).sum(),
+    "along the last dim": lambda x, index: (x.reshape(5, 2, 2).exp()[..., index % 2] ** 2).sum(),
+    "along the first dim": lambda x, index: (x[index] ** 3).sum(),
+    "in the middle": lambda x, index: (x.reshape(1, 5, 4).exp()[:, index] ** 2).sum(),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("is_input", [True, False])
+def test_rows_are_selected_and_added_up(name, is_input):
+    """Those counted from the end as well, and where the indices are others than in the recording."""
+    x = torch.randn(5, 4)
+
+    def function(x, index=INDEX):
+        return ROWS[name](x, index)
+
+    inputs = (INDEX,) if is_input else ()
+    recording = index_rows(simplify(record(with_gradient(function), x, *inputs, differentiates=True)))
+    found = targets(recording)
+    assert aten.index_select.default in found
+    assert aten.index_add.default in found
+    assert not {aten.index.Tensor, aten.index_put.default} & set(found)
+    replay = recording.compile()
+    for given in [inputs, (INDEX.flip(0) - 1,)] if is_input else [()]:
+        y = torch.randn(5, 4, requires_grad=True)
+        want = with_gradient(function)(y, *given)
+        got = replay(y, *given)
+        torch.testing.assert_close(got, want)
+        direction = torch.randn_like(y)
+        second = [torch.autograd.grad((g * direction).sum(), y) for g in (got[1], with_curvature(function, y, *given))]
+        torch.testing.assert_close(*second)
+
+
+def with_curvature(function, y, *inputs):
+    (gradient,) = torch.autograd.grad(function(y, *inputs), y, create_graph=True)
+    return gradient
+
+
+def test_an_index_out_of_range_is_an_error():
+    recording = index_rows(simplify(record(with_gradient(ROWS["of each point"]), torch.randn(5, 4), INDEX)))
+    with pytest.raises((IndexError, RuntimeError), match="out of"):
+        recording.compile()(torch.randn(5, 4), INDEX + 1)
+
+
+OTHER_INDICES = {
+    "two lists": lambda x: (x[INDEX, INDEX % 2] ** 3).sum(),
+    "a mask": lambda x: (x[:, torch.tensor([True, False, True, True])] ** 3).sum(),
+    "a matrix": lambda x: (x[:, INDEX.reshape(2, 3)] ** 3).sum(),
+    "written": lambda x: (aten.index_put(torch.zeros(5, 4), [None, INDEX], x[:, :1]) * x).sum(),
+    "one value for all": lambda x: (aten.index_put(torch.zeros(5, 4), [None, INDEX], x[:, :1], True) * x).sum(),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_INDICES)
+def test_other_indices_are_left_as_they_are(name):
+    x, function = torch.randn(5, 4), OTHER_INDICES[name]
+    recording = index_rows(simplify(record(with_gradient(function), x, differentiates=True)))
+    torch.testing.assert_close(recording.compile()(x), tuple(part.detach() for part in with_gradient(function)(x)))
