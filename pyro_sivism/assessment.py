@@ -87,7 +87,7 @@ def assess(
         fisher=fisher,
         drift=drift_statistics(_chains(target, draws), min_trajectories=min_trajectories) if exact else None,
         modes=find_modes(target, draws, extra_starts=ends) if seeks_modes else None,
-        tails=tail_indices(target, x) if seeks_modes else None,
+        tails=tail_indices(target, draws) if seeks_modes else None,
         labels=target.layout.coordinate_names,
     )
 

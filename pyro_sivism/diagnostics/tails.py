@@ -7,8 +7,16 @@ one coordinate, to several distances R on both sides, and the *tail index*
     nu_i = min over the two sides of  max over R of  (-R sd_i s_i - 1),        R = 4, 8, 16 sds from q's mean,
 
 is a lower bound on how light the tail is: 15 and more for a Gaussian's or an exponential's of q's own sd. The largest
-over the distances is taken because a tail that is heavy only far out, where no mass is, does no harm. A mixture of
-Gaussians, as q is, ends where its last component does: it leaves out the tail's share of the variance.
+over the distances is taken because a tail that is heavy only far out, where no mass is, does no harm.
+
+A mixture of Gaussians, as q is, ends where its last component does: it leaves out the tail's share of the variance,
+unless it reaches as far as its draws are to tell. Those beyond 3 sds from its mean have an index of their own, by Hill's
+estimate ("A simple general approach to inference about the tail of a distribution", Annals of Statistics 1975),
+
+    1 / nu_i  =  mean of log (r / 3),        r > 3 the distances in sds,
+
+with the standard error 1 / (nu_i sqrt(n)) from n of them. Where that is as heavy as p's nothing is left out that the
+same number of exact draws had. A tail with an infinite variance, nu <= 2, no number of draws has.
 """
 
 from __future__ import annotations
@@ -18,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_sivism.diagnostics.moments import finite_rows
+from pyro_sivism.diagnostics.moments import NUM_STANDARD_ERRORS, finite_rows
 from pyro_sivism.errors import ArgumentError
 from pyro_sivism.family import TargetDensity
 
@@ -27,6 +35,8 @@ __all__ = ["TailIndices", "tail_indices"]
 _DISTANCES = (4.0, 8.0, 16.0)
 _NUM_DRAWS = 8
 _MIN_DRAWS = 50
+_NEAR = 3.0  # sds, from where on draws are a tail's
+_MIN_INDEX = 2.0  # of a finite variance
 
 
 @dataclass(frozen=True)
@@ -36,10 +46,12 @@ class TailIndices:
     Attributes:
         index: of each coordinate's heavier tail, (D,): about the degrees of freedom of Student's t if small; infinite
             where the scores out there are not finite.
+        lacking: the same of the tails that q's draws do not have, (D,); infinite where they have both.
         num_evaluations: scores of single points computed.
     """
 
     index: Tensor
+    lacking: Tensor
     num_evaluations: int
 
 
@@ -74,6 +86,22 @@ def tail_indices(target: TargetDensity, x: Tensor) -> TailIndices:
     index = index.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf).quantile(
         0.5, -1, interpolation="lower"
     )
+    index = index.reshape(dim, 2, len(_DISTANCES)).amax(-1).double()  # of both sides
+    has_tail = (1.0 / index <= _inverse_index_at_most((x - loc) / sd)) & (index > _MIN_INDEX)
     return TailIndices(
-        index.reshape(dim, 2, len(_DISTANCES)).amax(-1).amin(-1).double(), num_evaluations=points[..., 0].numel()
+        index.amin(-1),
+        torch.where(has_tail, torch.inf, index).amin(-1),
+        num_evaluations=points[..., 0].numel(),
     )
+
+
+def _inverse_index_at_most(standardized: Tensor) -> Tensor:
+    """Hill's estimate of 1 / nu, and two standard errors, of the draws' lower and upper tails, (D, 2)."""
+    bounds = []
+    for side in (-1.0, 1.0):
+        distances = side * standardized.double()
+        is_far = distances > _NEAR
+        count = is_far.sum(0)
+        total = torch.where(is_far, (distances / _NEAR).clamp(min=1.0).log(), 0.0).sum(0)
+        bounds.append(total / count.clamp(min=1) * (1.0 + NUM_STANDARD_ERRORS / count.clamp(min=1).sqrt()))
+    return torch.stack(bounds, -1)

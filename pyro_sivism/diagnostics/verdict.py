@@ -42,8 +42,8 @@ class Thresholds:
             Fisher divergence that would be bad counts: walls of p give large ones where q is right to all purposes.
         mode: the share of the mass in a lost mode.
         weight: how far the weights of separate modes are off, their total variation distance.
-        tail: one over the tail index, which is the degrees of freedom of a Student-t tail; at 2 its variance is
-            infinite.
+        tail: one over the tail index of a tail that the draws lack, which is the degrees of freedom of a Student-t
+            tail; at 2 its variance is infinite.
         nonfinite: the fraction of draws at which the target is not finite.
         stuck: the fraction of chains that never move, as q has draws where p falls off a wall or into a neck.
         correlation: of where the chains end with where they start; beyond it nothing can be vouched for, which is
@@ -332,7 +332,7 @@ def _fisher_finding(fisher: FisherStatistics, name: Callable[[int], str], thresh
 
 
 def _tail_finding(tails: TailIndices, name: Callable[[int], str], thresholds: tuple[float, float]) -> Finding:
-    index, i = tails.index.min(0)
+    index, i = tails.lacking.min(0)
     site = name(int(i))
     if index > 0.0:
         text = f"{site}: tails as heavy as Student's t with {index:.1f} degrees of freedom, whose ends have no draws"

@@ -85,6 +85,40 @@ def test_the_verdict_names_the_coordinate_of_a_heavy_tail(float64):
     assert verdict.as_dict()["tail_index_min"] == pytest.approx(3.0, abs=0.2)
 
 
+@pytest.mark.parametrize("df", [4.0, 4.9])
+def test_draws_that_have_the_tails_lack_none(df, float64):
+    """On every one of 20 sets of exact draws."""
+    target = Target(student(df, torch.ones(1)), 1)
+    for _ in range(20):
+        found = tail_indices(target, torch.distributions.StudentT(df).sample((8192, 1)))
+        assert found.index.item() < df
+        assert found.lacking.isinf().all()
+
+
+def test_draws_that_have_one_of_two_tails_lack_the_other(float64):
+    target, x = Target(student(4.0, torch.ones(3)), 3), torch.distributions.StudentT(4.0).sample((8192, 3))
+    x[:, 0] = x[:, 0].clamp(min=-4.5)
+    x[:, 1] = x[:, 1].clamp(max=4.5)
+    found = tail_indices(target, x)
+    assert torch.allclose(found.lacking[:2], found.index[:2], rtol=0.01)
+    assert found.lacking[2].isinf()
+    assert judge(stein_statistics(x, target.score(x)), tails=found, labels="abc").worst.sites[0] in ("a", "b")
+
+
+@pytest.mark.parametrize("scale", [0.8, 1.0, 1.4])
+def test_a_gaussian_lacks_the_tails_of_student_t(scale, float64):
+    """Whatever its sd, and whether a few of its draws are over 3 sds out or none."""
+    target = Target(student(4.0, torch.ones(1)), 1)
+    for num_draws in (100, 8192):
+        found = tail_indices(target, scale * torch.randn(num_draws, 1))
+        assert found.lacking.item() == found.index.item() < 4.0
+
+
+def test_no_number_of_draws_has_a_tail_of_infinite_variance(float64):
+    found = tail_indices(Target(student(2.0, torch.ones(1)), 1), torch.distributions.StudentT(2.0).sample((8192, 1)))
+    assert found.lacking.item() == found.index.item() < 2.0
+
+
 def test_a_density_that_rises_beyond_the_draws_is_no_tail():
     """q stands 20 sds aside of the mass: the moments' error says so, before anything is said of tails."""
     target = Target(lambda x: -0.5 * (x - 20.0).square().sum(-1), 1)
