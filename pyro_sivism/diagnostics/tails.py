@@ -10,8 +10,8 @@ is a lower bound on how light the tail is: 15 and more for a Gaussian's or an ex
 over the distances is taken because a tail that is heavy only far out, where no mass is, does no harm.
 
 A mixture of Gaussians, as q is, ends where its last component does: it leaves out the tail's share of the variance,
-unless it reaches as far as its draws are to tell. Those beyond 3 sds from its mean have an index of their own, by Hill's
-estimate ("A simple general approach to inference about the tail of a distribution", Annals of Statistics 1975),
+unless it reaches as far as its draws are to tell. Those beyond 3 sds from its mean have an index of their own, by
+Hill's estimate ("A simple general approach to inference about the tail of a distribution", Annals of Statistics 1975),
 
     1 / nu_i  =  mean of log (r / 3),        r > 3 the distances in sds,
 
