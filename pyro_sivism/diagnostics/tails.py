@@ -15,8 +15,8 @@ Hill's estimate ("A simple general approach to inference about the tail of a dis
 
     1 / nu_i  =  mean of log (r / 3),        r > 3 the distances in sds,
 
-with the standard error 1 / (nu_i sqrt(n)) from n of them. Where that is as heavy as p's nothing is left out that the
-same number of exact draws had. A tail with an infinite variance, nu <= 2, no number of draws has.
+with the standard error 1 / (nu_i sqrt(n)) from n of them, of which three are allowed for, since there are 2 D tails to
+look at. Where that is as heavy as p's nothing is left out that the same number of exact draws had. A tail with an infinite variance, nu <= 2, no number of draws has.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_sivism.diagnostics.moments import NUM_STANDARD_ERRORS, finite_rows
+from pyro_sivism.diagnostics.moments import finite_rows
 from pyro_sivism.errors import ArgumentError
 from pyro_sivism.family import TargetDensity
 
@@ -36,6 +36,7 @@ _DISTANCES = (4.0, 8.0, 16.0)
 _NUM_DRAWS = 8
 _MIN_DRAWS = 50
 _NEAR = 3.0  # sds, from where on draws are a tail's
+_MIN_FAR, _NUM_STANDARD_ERRORS = 10, 3.0
 _MIN_INDEX = 2.0  # of a finite variance
 
 
@@ -96,12 +97,10 @@ def tail_indices(target: TargetDensity, x: Tensor) -> TailIndices:
 
 
 def _inverse_index_at_most(standardized: Tensor) -> Tensor:
-    """Hill's estimate of 1 / nu, and two standard errors, of the draws' lower and upper tails, (D, 2)."""
-    bounds = []
-    for side in (-1.0, 1.0):
-        distances = side * standardized.double()
-        is_far = distances > _NEAR
-        count = is_far.sum(0)
-        total = torch.where(is_far, (distances / _NEAR).clamp(min=1.0).log(), 0.0).sum(0)
-        bounds.append(total / count.clamp(min=1) * (1.0 + NUM_STANDARD_ERRORS / count.clamp(min=1).sqrt()))
-    return torch.stack(bounds, -1)
+    """Hill's estimate of 1 / nu, and what it may be short of it by chance, of the lower and the upper tails, (D, 2); 0
+    where there are too few draws in a tail to have an estimate."""
+    distances = torch.stack([-standardized, standardized], -1).double()
+    is_far = distances > _NEAR
+    count = is_far.sum(0)
+    mean = torch.where(is_far, distances / _NEAR, 1.0).log().sum(0) / count
+    return torch.where(count < _MIN_FAR, 0.0, mean * (1.0 + _NUM_STANDARD_ERRORS / count.sqrt()))

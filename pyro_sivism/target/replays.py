@@ -3,7 +3,8 @@
 A graph knows nothing of what the model reads beside its inputs, and a recording may miss what a model does in Python.
 So a replay is compared with a run of the model at one of its points: at the first use of every graph, with and without
 derivatives; when the arguments or the minibatch have changed for the first time; whenever arguments whose contents
-nobody can compare are passed again; and after every hundred replays.
+nobody can compare are passed again; and after every hundred replays. A difference is a fault if there is one near the
+initial point, too: a draw far out may be worse conditioned than a look at its neighbours tells.
 """
 
 from __future__ import annotations
@@ -127,6 +128,10 @@ class Replays:
             return None
         self.is_check_due = False
         fault = self._compare(x, log_density, score, row=self._num_replays.total() % len(x))
+        if fault is not None:
+            with torch.set_grad_enabled(differentiable):
+                near = (self._init + 0.1 * direction(self._init))[None].requires_grad_(differentiable)
+                fault = self._compare(near, *self.evaluate(path, what, near), row=0)
         if fault is None:
             self.num_unchecked = 0
         return fault

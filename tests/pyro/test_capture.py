@@ -789,6 +789,35 @@ def test_a_wrong_derivative_is_noticed_at_its_first_use(monkeypatch):
     torch.testing.assert_close(got, hvp(target, "loop", x, torch.ones_like(x)))
 
 
+@pytest.mark.parametrize("where", ["far out", "everywhere"])
+def test_a_difference_far_out_is_a_fault_if_there_is_one_near_the_initial_point(where, monkeypatch):
+    """A single draw may be worse conditioned than its neighbours tell."""
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("n", len(y)):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    target = make_target(model, Y)
+    x = points(target) + 20.0
+    target.score(x)
+    replays = target._binding.replays
+    right = replays._model_at
+
+    def off(point, differentiable):
+        is_off = where == "everywhere" or bool((point > 10.0).any())
+        return {name: value * (1.1 if is_off else 1.0) for name, value in right(point, differentiable).items()}
+
+    monkeypatch.setattr(replays, "_model_at", off)
+    target.check_soon()
+    if where == "everywhere":
+        with pytest.warns(TargetPathWarning, match="no longer agrees"):
+            target.score(x)
+    else:
+        target.score(x)
+    assert target.path.name == ("vmap" if where == "everywhere" else "captured")
+
+
 def test_a_check_passes_on_an_ill_conditioned_density():
     """Cancellation makes the rounding of float32 far larger than the agreement that is asked for elsewhere."""
 
