@@ -42,6 +42,7 @@ def test_a_moment_that_may_matter_has_to_stall_twice():
     assert cycles(FAR, (0.1, 0.6), (0.1, 0.6), (0.1, 0.6)) == [150, 150, 300, 0]
     assert cycles(FAR, (0.1, 0.6), (0.1, 0.6), (0.1, 0.4)) == [150, 150, 300, 600]
     assert cycles(FAR, (0.1, 0.6), (0.1, 0.4), (0.1, 0.4), max_steps=4800) == [150, 150, 300, 600]
+    assert cycles(FAR, (0.14, 0.6), (0.1, 0.6), (0.12, 0.6)) == [150, 150, 300, 0]  # nothing came of two together
     assert cycles(FAR, (0.1, 0.6), (0.08, 0.6)) == [150, 150, 0]
 
 
@@ -160,6 +161,8 @@ def test_a_posterior_that_moves_is_followed():
         ((0.1, 1.5), True),
         ((0.3, 0.5), False),
         ((0.1, 3.0), False),
+        ((0.06, 30.0), True),  # scores are huge in necks that a worse q does not reach
+        ((0.07, 30.0), False),
         ((math.inf, math.inf), False),
     ],
 )
