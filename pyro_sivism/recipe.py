@@ -80,7 +80,7 @@ class Recipe:
         Up to D = 256 the conditional sd follows z, and up to 1,024 both networks are gated. Without gates it did not
         end well beyond D = 32: the worst sd of a hierarchical regression in 90 dimensions was off by .68 in log2 after
         150 steps and by .08 after 2,400 with constant sds, and a hierarchy in 203 dimensions collapsed where they
-        followed z; with gates both are off by .1 and less after 150 to 300 steps. Where D is in the thousands, of no
+        followed z; with gates both are off by .1 and less after 150 to 600 steps. Where D is in the thousands, of no
         hierarchy that was measured, gates would double the networks' largest layers.
 
         Hidden layers are at most 256 wide, and beyond D = 256 z is shorter than x, so that the networks grow with D and

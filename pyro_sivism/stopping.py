@@ -153,7 +153,8 @@ class StoppingRule:
         moment_error = max(best.moment_error, _TOLERABLE * _SMALL_MOMENT_ERROR)
         divergence = max(best.divergence, self._tolerable_divergence)
         is_further_off = evidence.by_chains == best.by_chains and evidence.moment_error > 1.5 * moment_error
-        has_gained = evidence.moment_error <= (1.0 - _GAIN) * best.moment_error
+        has_gained = evidence.by_chains == best.by_chains and best.moment_error > _SMALL_MOMENT_ERROR
+        has_gained &= evidence.moment_error <= (1.0 - _GAIN) * best.moment_error
         return is_further_off or (evidence.divergence > 3.0 * divergence and not has_gained)
 
     def _has_stalled(self, evidence: Evidence) -> bool:

@@ -6,7 +6,7 @@ q, and split p into the standard normal that q is there and the rest: a step of 
 rest's score, half before and half after it turns position and momentum by the angle h, as the normal alone would move
 them, exactly (Shahbaba, Lan, Johnson, Neal, "Split Hamiltonian Monte Carlo", Statistics and Computing 2014). So steps
 are as long as p is like q, in any dimension. They are smaller than q's own draws ask for, as p may be more curved where
-q has none; trajectories of a time up to about pi go to the other side of q and beyond.
+q has none; trajectories of a time up to pi and a little more go to the other side of q and beyond.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["Chains"]
 _TRAJECTORY_TIME = math.pi
 _FIRST_STEP_SIZE, _MAX_STEPS = 1.0, 48
 _NUM_PILOTS = 256
-_SHRINK, _MAX_TRIES = 0.5**0.5, 12
+_SHRINK, _MAX_TRIES = 0.5**0.5, 16
 # The acceptance for which steps are shortened, and the one that is enough once more steps would cut trajectories short.
 _WANTED_ACCEPTANCE, _ENOUGH_ACCEPTANCE = 0.92, 0.7
 

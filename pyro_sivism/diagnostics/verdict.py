@@ -165,11 +165,9 @@ def judge(
     found = _moment_findings("stein", stein_errors, stein.direction, name, table.moment)
     if drift is not None:
         seen = _moment_findings("drift", drift.coordinates, drift.direction, name, table.moment)
-        if _worst_level(seen) >= _worst_level(found):
-            # Where chains went is so; where q is narrow and far off, what Stein's identity extrapolates may be of the
-            # wrong sign.
-            found.clear()
-        found += seen
+        # Where chains went is so; where q is narrow and far off, what Stein's identity extrapolates may be of the wrong
+        # sign. It counts for what chains do not find at least as bad.
+        found = [each for each in found if not any(_covers(other, each) for other in seen)] + seen
         text = (
             f"{drift.stuck:.0%} of q's draws are where chains cannot move: at a wall of the density, or in a neck of it"
         )
@@ -231,8 +229,9 @@ def _finding(
     return Finding(instrument, sites, size, severity, text)
 
 
-def _worst_level(findings: Sequence[Finding]) -> int:
-    return max(LEVELS.index(finding.level) for finding in findings)
+def _covers(finding: Finding, other: Finding) -> bool:
+    """Whether a finding says at least as bad a thing of the same sites."""
+    return finding.sites == other.sites and LEVELS.index(finding.level) >= LEVELS.index(other.level)
 
 
 def _moment_findings(

@@ -99,7 +99,8 @@ def _index_rows(recording: Recording, node: fx.Node) -> None:
         return
     ((dim, index),) = given
     meta: TensorMeta = index.meta["val"]
-    if meta.dtype not in (torch.int64, torch.int32) or len(meta.shape) != 1:
+    on_one_device = meta.device == source.meta["val"].device
+    if meta.dtype not in (torch.int64, torch.int32) or len(meta.shape) != 1 or not on_one_device:
         return
     graph = recording.graph
     with graph.inserting_before(node):

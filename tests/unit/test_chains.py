@@ -102,6 +102,14 @@ def test_log_densities_are_those_of_the_ends_of_trajectories(p):
     assert counting.num_log_densities == 8
 
 
+def test_steps_are_as_short_as_p_is_narrow(p):
+    """In one coordinate of 64 by a factor of 200, so that q's draws are all far up its walls."""
+    sd = torch.ones(64)
+    sd[3] = 1.0 / 200.0
+    narrow = GaussianTarget(torch.zeros(64), torch.diag(sd**2))
+    assert Chains(narrow, torch.randn(1000, 64), 128).run(2).acceptance > 0.7
+
+
 def test_chains_do_not_start_where_p_is_not_finite(p):
     class Cut(GaussianTarget):
         """p, with nothing below its mean less an sd in the first coordinate."""

@@ -728,6 +728,21 @@ def statistics_of(**errors):
     return SteinStatistics(errors_of(**errors), None, zero, zero, num_draws=1000, num_nonfinite=0)
 
 
+def test_of_one_coordinate_the_chains_say_what_is_wrong_if_they_find_as_much():
+    """Where q is narrow and far off, the sign of what Stein's identity extrapolates may be wrong."""
+
+    def findings(stein_at, log2_sd):
+        errors = errors_of(log2_sd=log2_sd, at=1)
+        drift = replace(drift_of(), coordinates=errors, correlation=torch.full((3,), 0.5))
+        verdict = judge(statistics_of(log2_sd=0.3, at=stein_at), drift=drift, labels="abc")
+        return [finding.text for finding in verdict.findings]
+
+    assert findings(1, -0.4) == ["b: sd probably 24% too small"]
+    assert findings(1, -0.6) == ["b: sd probably 34% too small"], "it is bad, and the other suspect"
+    assert findings(1, -0.1) == ["b: sd probably 23% too large"], "chains have found nothing that matters"
+    assert len(findings(0, -0.4)) == 2, "of another coordinate"
+
+
 def test_moment_errors_are_the_inverse_of_the_changes():
     errors = errors_of(mean=0.4, log2_sd=-0.7, at=1)
     torch.testing.assert_close(errors.mean, torch.tensor([0.0, 0.4, 0.0]))

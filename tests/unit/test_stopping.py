@@ -43,6 +43,7 @@ def test_a_moment_that_may_matter_has_to_stall_twice():
     assert cycles(FAR, (0.1, 0.6), (0.1, 0.6), (0.1, 0.4)) == [150, 150, 300, 600]
     assert cycles(FAR, (0.1, 0.6), (0.1, 0.4), (0.1, 0.4), max_steps=4800) == [150, 150, 300, 600]
     assert cycles(FAR, (0.14, 0.6), (0.1, 0.6), (0.12, 0.6)) == [150, 150, 300, 0]  # nothing came of two together
+    assert cycles(FAR, (0.1, 0.4), (0.14, 0.6), (0.1, 0.4)) == [150, 150, 300, 600]  # the last one brought something
     assert cycles(FAR, (0.1, 0.6), (0.08, 0.6)) == [150, 150, 0]
 
 
@@ -173,6 +174,21 @@ def test_the_last_q_is_kept_unless_one_before_was_clearly_better(found, is_best)
     assert rule.last_is_best
     rule.next_cycle(Evidence(300, *found))
     assert rule.last_is_best == is_best
+
+
+@pytest.mark.parametrize(
+    ("best", "last"),
+    [
+        (Evidence(150, 0.04, 0.3), Evidence(300, 0.02, 300.0)),  # noise of errors too small to matter
+        (Evidence(150, 0.2, 0.3, by_chains=True), Evidence(300, 0.14, 300.0)),  # of two instruments
+    ],
+)
+def test_a_huge_divergence_is_no_better_for_a_gain_that_is_none(best, last):
+    rule = StoppingRule(10, 1200)
+    rule.next_cycle(Evidence(0, *FAR))
+    rule.next_cycle(best)
+    rule.next_cycle(last)
+    assert not rule.last_is_best
 
 
 def test_what_only_one_qs_chains_have_seen_does_not_make_it_worse():

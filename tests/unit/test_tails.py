@@ -105,13 +105,34 @@ def test_draws_that_have_one_of_two_tails_lack_the_other(float64):
     assert judge(stein_statistics(x, target.score(x)), tails=found, labels="abc").worst.sites[0] in ("a", "b")
 
 
+def test_each_side_has_a_tail_of_its_own(float64):
+    """p and q are Student's t above 0, and normal below; or q is so below and p is not."""
+    t = torch.distributions.StudentT(4.0).sample((16_384, 1))
+    x = torch.where(t > 0.0, t, -torch.randn(16_384, 1).abs())
+
+    def above(x):
+        return torch.where(x > 0.0, -2.5 * (x.square() / 4.0).log1p(), -0.5 * x.square()).sum(-1)
+
+    found = tail_indices(Target(above, 1), x)
+    assert 3.0 < found.index.item() < 4.0
+    assert found.lacking.item() > 10.0
+    other = tail_indices(Target(above, 1), -x)
+    assert other.lacking.item() == other.index.item() < 4.0
+
+
 @pytest.mark.parametrize("scale", [0.8, 1.0, 1.4])
 def test_a_gaussian_lacks_the_tails_of_student_t(scale, float64):
     """Whatever its sd, and whether a few of its draws are over 3 sds out or none."""
     target = Target(student(4.0, torch.ones(1)), 1)
-    for num_draws in (100, 8192):
+    for num_draws in (100, 400, 8192):
         found = tail_indices(target, scale * torch.randn(num_draws, 1))
         assert found.lacking.item() == found.index.item() < 4.0
+
+
+def test_a_single_far_draw_is_no_tail(float64):
+    x = torch.randn(1000, 1).clamp(-2.0, 2.0)
+    x[:2, 0] = torch.tensor([-3.6, 3.6])
+    assert tail_indices(Target(student(4.0, torch.ones(1)), 1), x).lacking.item() < 4.0
 
 
 def test_no_number_of_draws_has_a_tail_of_infinite_variance(float64):
