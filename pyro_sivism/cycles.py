@@ -20,7 +20,7 @@ from pyro_sivism.training import STEPS_BEFORE_COMPILING, Training
 
 __all__ = ["Cycles"]
 
-_STEPS_TO_FOLLOW = 300  # the same chains
+_STEPS_TO_FOLLOW = 150  # the same chains
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Cycles:
         return self._advance(number, number)
 
     def _take_following(self, number: int, chains: Chains | None) -> bool:
-        """One cycle in which q follows these chains from its draws, or new ones, and new ones every 300 steps.
+        """One cycle in which q follows these chains from its draws, or new ones, and new ones every 150 steps.
 
         Where chains are slow they are not far ahead of q, and old ones would hold it back.
         """

@@ -87,12 +87,13 @@ UNSETTLED, SETTLED = (0.3, 3.0), (0.01, 0.1)
 
 
 @pytest.mark.usefixtures("small_recipe")
-def test_a_cycle_follows_new_chains_every_300_steps(monkeypatch, followed):
+def test_a_cycle_follows_new_chains_every_150_steps(monkeypatch, followed):
     monkeypatch.setattr("pyro_sivism.stopping._FIRST_CYCLE", 390)
     evidence(monkeypatch, UNSETTLED, UNSETTLED, SETTLED)
     sivism, result = fit(banana)
     assert result.num_steps == 400
-    assert followed == [(0, True), (300, False), (390, False)], "those of the evidence, if any, and then new ones"
+    new = [(0, True), (150, False), (300, False), (390, False)]
+    assert followed == new, "those of the evidence, if any, and then new ones"
     assert result.seconds["chains"] > 0
     assert sivism._training._distance is None
 
