@@ -7,8 +7,8 @@ where theta = mu + tau * theta_decentered and the funnel is gone. SIVISM sees wh
 
     python tutorials/eight_schools.py [--out DIR]
 
-fits the model with the defaults; fits it centered as well, which takes many steps, and whose verdict says what is
-lacking; runs NUTS for comparison; and writes ``eight_schools.nc`` and ``eight_schools.png``.
+fits the model with the defaults; fits it centered as well, which takes many steps, and leaves the narrow end of the
+funnel all but empty; runs NUTS for comparison; and writes ``eight_schools.nc`` and ``eight_schools.png``.
 """
 
 import argparse
