@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pyro_sivism.diagnostics import (
     Chains,
+    DriftStatistics,
     FisherStatistics,
     Verdict,
     drift_statistics,
@@ -40,7 +41,7 @@ _NUM_CHAINS = 512
 _NUM_LARGE_CHAINS = 96  # beyond D = 256, where each of their steps costs more: more than the fit otherwise
 _NUM_DECIDING_TRAJECTORIES = 32  # of chains that decide where scores disagree
 _EVIDENCE = {"max_trajectories": 4}
-_PROOF = {"min_trajectories": _NUM_DECIDING_TRAJECTORIES, "large_error": 0.05}
+_PROOF = {"min_trajectories": _NUM_DECIDING_TRAJECTORIES // 2, "large_error": 0.05}  # the verdict runs them on
 _RULED_OUT = (0.14, 0.04)  # an error of a moment, in sds or log2, and a distance: what the verdict asks for is less
 _NUM_MINIBATCHES = 16
 _MAX_PROVEN_DIM = 256  # beyond, chains are too few to rule much out
@@ -55,6 +56,7 @@ def assess(
     family: SemiImplicit,
     objective: Objective,
     gaussian: GaussianFit | None,
+    chains: Chains | None = None,
 ) -> Verdict:
     """Judge q from 2,048 to 8,192 draws with scores, the more the more dimensions, and 512 chains.
 
@@ -67,6 +69,7 @@ def assess(
         family: q.
         objective: holds the critic.
         gaussian: the fit that q started from, whose paths may have ended in other modes; None if there is none.
+        chains: from q's draws, which are run on; new ones if None.
 
     Raises:
         ArgumentError: a coordinate of the draws does not vary.
@@ -81,15 +84,24 @@ def assess(
     seeks_modes = exact and target.dim <= _MAX_MODE_SEARCH_DIM
     ends = gaussian.path_ends if gaussian is not None and len(gaussian.path_ends) else None
     fisher = _fisher(target, affine, objective.critic, objective, sample.x, x, score, sample.conditional_score)
-    min_trajectories = _NUM_DECIDING_TRAJECTORIES if is_alarming(fisher) else 0
     return judge(
         stein_statistics(x, score, num_blocks=num_blocks),
         fisher=fisher,
-        drift=drift_statistics(_chains(target, draws), min_trajectories=min_trajectories) if exact else None,
+        drift=_drift(_chains(target, draws) if chains is None else chains, is_alarming(fisher)) if exact else None,
         modes=find_modes(target, draws, extra_starts=ends) if seeks_modes else None,
         tails=tail_indices(target, draws) if seeks_modes else None,
         labels=target.layout.coordinate_names,
     )
+
+
+def _drift(chains: Chains, is_alarming: bool) -> DriftStatistics:
+    """What new trajectories of the chains say, long ones all told where the Fisher divergence is alarming.
+
+    A run that ends when chains find nothing has been chosen for what these, by chance, miss: where they went before
+    does not count again.
+    """
+    min_trajectories = max(0, _NUM_DECIDING_TRAJECTORIES - chains.num_trajectories) if is_alarming else 0
+    return drift_statistics(chains.forget(), min_trajectories=min_trajectories)
 
 
 def _fisher(
@@ -149,8 +161,7 @@ def gather_evidence(
     draws. The other arguments are those of :func:`assess`, of whose instruments it uses those that look at moments.
     And the chains that have run, if any.
 
-    Chains, which are dear, run only where they decide whether the run ends, and are short where scores agree. The
-    verdict has its own: a run that ends when chains find nothing has been chosen for what these, by chance, miss.
+    Chains, which are dear, run only where they decide whether the run ends, and are short where scores agree.
     """
     sample = family.rsample(_num_draws(target.dim))
     x = affine.forward(sample.x)

@@ -37,6 +37,7 @@ class Cycles:
         ranks: the processes that share the fit.
         seconds: of each part.
         evidence: gathered before the first cycle and after each, where the number of steps is not given.
+        chains: from draws of the q that is kept, if any have run.
     """
 
     training: Training
@@ -48,6 +49,7 @@ class Cycles:
     ranks: Ranks
     seconds: Seconds
     evidence: list[Evidence] = field(default_factory=list)
+    chains: Chains | None = None
 
     def take(self, number: int) -> bool:
         """One cycle of so many steps; whether it was cut short."""
@@ -111,7 +113,9 @@ class Cycles:
                     return True
         finally:
             self.training.follow(None)
-        if not rule.last_is_best:
+        if rule.last_is_best:
+            self.chains = chains
+        else:
             self.training.restore(best)
         return False
 

@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 from pyro_sivism.assessment import assess
 from pyro_sivism.checkpoint import write_atomically
 from pyro_sivism.cycles import Cycles
-from pyro_sivism.devices import is_at_hand
-from pyro_sivism.diagnostics import Verdict
+from pyro_sivism.devices import is_at_hand, keep_freed_memory
+from pyro_sivism.diagnostics import Chains, Verdict
 from pyro_sivism.distributed import Ranks
 from pyro_sivism.errors import ArgumentError, FitWarning, NotSetUpError, SivismError
 from pyro_sivism.family import BatchAndMatch, GaussianFit, Preconditioner, WhitenedTarget
@@ -216,6 +216,7 @@ class SIVISM:
                 self._connect(training)
             return training
         if training is None:
+            keep_freed_memory()
             with self.ranks.same_random_numbers():
                 self._start(args, kwargs)
                 training = self._make_training()
@@ -378,7 +379,7 @@ class SIVISM:
                 training.plan(None)
         infos = history.read()
         if (num_steps is None or len(infos) >= _MIN_STEPS_TO_JUDGE) and self.ranks.is_first:
-            self._verdict = self._judge(training)
+            self._verdict = self._judge(training, cycles.chains)
             if progress_bar and self._verdict is not None:
                 print(f"SIVISM: {self._verdict}")
             self._report_drift(training)
@@ -396,12 +397,12 @@ class SIVISM:
             verdict=self._verdict,
         )
 
-    def _judge(self, training: Training) -> Verdict | None:
+    def _judge(self, training: Training, chains: Chains | None) -> Verdict | None:
         """The verdict on the guide, with a warning unless it is good; None if there could be none."""
         try:
             with self._seconds.of("verdict"):
                 verdict = assess(
-                    self._scored, self.guide.affine, training.averaged, training.objective, self._gaussian_fit
+                    self._scored, self.guide.affine, training.averaged, training.objective, self._gaussian_fit, chains
                 )
         except SivismError as error:
             warn(f"the fit could not be judged: {error}", FitWarning)

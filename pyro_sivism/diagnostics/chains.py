@@ -112,6 +112,12 @@ class Chains:
             self._acceptances.append(accepted.mean().item())
         return self
 
+    def forget(self) -> Chains:
+        """Count trajectories from here on, as if there had been none: what they show is by new chance, from starts that
+        are nearer to p."""
+        self._ends, self._acceptances = [], []
+        return self
+
     def _tune(self) -> None:
         """A step size that nearly all draws accept, and the number of steps."""
         pilots = _State(*(values[:_NUM_PILOTS] for values in self._state))

@@ -28,6 +28,7 @@ from pyro_sivism.target.batch_graph import BatchGraph, sizes_in, unused_size
 from pyro_sivism.target.broadcasts import expand_late, factor_out
 from pyro_sivism.target.functorch import functorch_ready
 from pyro_sivism.target.graph import index_rows, is_random, simplify
+from pyro_sivism.target.memory_layout import lay_long_dims_innermost
 from pyro_sivism.target.paths import agree, direction, nudged, rounding_slack
 from pyro_sivism.target.recording import Recording, record
 from pyro_sivism.target.runs import ModelRuns
@@ -135,7 +136,8 @@ class CapturedDensity:
             with torch.no_grad():
                 recording = record(_with_score(log_densities), points, *inputs, differentiates=True)
             recording = index_rows(simplify(recording))
-            recordings.append(simplify(factor_out(recording, sizes[-1])) if self._factors_out else recording)
+            recording = simplify(factor_out(recording, sizes[-1])) if self._factors_out else recording
+            recordings.append(lay_long_dims_innermost(recording))
             used |= sizes_in(recording)
         graph = BatchGraph(recordings, sizes)
         _check_sizes(graph, _points_near(x, sum(sizes)), inputs)

@@ -11,14 +11,15 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_sivism import SIVISM, FisherDivergence
+from pyro_sivism import SIVISM, FisherDivergence, assessment
 from pyro_sivism.assessment import distance_to_chains
-from pyro_sivism.diagnostics import Chains
-from pyro_sivism.errors import FitWarning
+from pyro_sivism.diagnostics import Chains, drift_statistics
+from pyro_sivism.errors import FitWarning, NonFiniteError
 from pyro_sivism.family import FixedGaussian
 from pyro_sivism.objectives import SlicedDistance
 from pyro_sivism.stopping import Evidence
 from pyro_sivism.training import Training
+from tests.statistical.oracle import GaussianTarget
 
 
 def banana():
@@ -105,6 +106,59 @@ def test_chains_are_not_followed_where_q_is_settled(monkeypatch, followed):
     assert result.num_steps == 150
     assert followed == []
     assert "chains" not in result.seconds
+
+
+def test_the_verdict_runs_the_last_chains_on_and_counts_new_trajectories_only(monkeypatch):
+    made, counted = [], []
+
+    def make(*args):
+        made.append(Chains(*args))
+        return made[-1]
+
+    def count(chains, **limits):
+        drift = drift_statistics(chains, **limits)
+        counted.append((chains, drift.num_trajectories, limits))
+        return drift
+
+    monkeypatch.setattr(assessment, "Chains", make)
+    monkeypatch.setattr(assessment, "drift_statistics", count)
+    _, result = fit(lambda: pyro.sample("x", dist.Normal(0.0, 1.0)))
+    evidence, verdict = counted
+    assert evidence[0] is verdict[0] is made[-1]
+    assert verdict[1] == result.verdict.drift.num_trajectories >= 8
+    assert made[-1].num_trajectories == verdict[1]  # those of the evidence are forgotten
+
+
+@pytest.mark.usefixtures("float64")
+def test_an_alarmed_verdict_counts_what_chains_have_run_before(monkeypatch):
+    limits = []
+    monkeypatch.setattr(assessment, "drift_statistics", lambda chains, **given: limits.append(given))
+    target = GaussianTarget(torch.zeros(1), torch.ones(1, 1))
+    for num_trajectories in (0, 16, 40):
+        assessment._drift(Chains(target, torch.randn(200, 1)).run(num_trajectories), is_alarming=True)
+    assert limits == [{"min_trajectories": number} for number in (32, 16, 0)]
+
+
+@pytest.mark.usefixtures("small_recipe")
+@pytest.mark.parametrize("grows", [True, False])
+def test_a_q_that_was_restored_is_judged_by_new_chains(monkeypatch, grows):
+    """The last ones are of another q."""
+    made, given = [], []
+
+    def gathered(target, affine, family, objective, num_steps, rule):
+        made.append(Chains(target, affine.forward(family.rsample(200).x)))
+        error = 1.0 + num_steps if grows else 1.0 / (1.0 + num_steps)
+        return Evidence(num_steps, error, 10.0 * error), made[-1]
+
+    def assessed(target, affine, family, objective, gaussian, chains):
+        given.append(chains)
+        raise NonFiniteError("no verdict is wanted")
+
+    monkeypatch.setattr("pyro_sivism.cycles.gather_evidence", gathered)
+    monkeypatch.setattr("pyro_sivism.sivism.assess", assessed)
+    fit(banana)
+    assert len(made) > 1
+    assert given == [None if grows else made[-1]]
 
 
 @pytest.mark.usefixtures("small_recipe")

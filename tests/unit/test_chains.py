@@ -38,6 +38,19 @@ def test_chains_arrive_at_p(p, shift, scale):
     assert correlation_errors.abs().max() < 1.5 * error
 
 
+def test_chains_that_forget_go_on_from_where_they_are(p):
+    chains = Chains(p, draws(p, shift=2.0), 1024).run(4)
+    state, starts, num_evaluations = chains._state, chains.starts, chains.num_evaluations
+    assert chains.forget() is chains
+    assert chains.num_trajectories == 0
+    assert chains._state is state
+    chains.run(2)
+    assert chains.late.shape == (1, 1024, DIM)  # the second half of the new ones
+    assert chains.starts is starts
+    assert chains.num_evaluations == num_evaluations + 2 * 1024 * chains._num_steps
+    assert chains.stuck < 0.1  # from the starts, not since
+
+
 def test_steps_in_a_gaussian_like_q_are_exact(p):
     """However long; were position and momentum not turned, or the kicks not of what p differs by, few were accepted."""
     half = Chains(p, draws(p, num_draws=100_000), 1024).run(4)
