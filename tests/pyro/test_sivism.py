@@ -768,9 +768,9 @@ def test_evidence_has_long_chains_where_proof_is_wanted_and_short_ones_where_sco
     far.next_cycle(Evidence(0, 0.4, 3.0))
     settled.next_cycle(Evidence(0, 0.04, 0.15))
     assert gathered(0.1, settled) == ([4], False)
-    assert gathered(0.1, far) == ([32], True), "it has settled only now"
-    assert gathered(0.5, far) == ([32], True)
-    assert gathered(50.0, far) == ([32], True)
+    assert gathered(0.1, far) == ([16], True), "it has settled only now"
+    assert gathered(0.5, far) == ([16], True)
+    assert gathered(50.0, far) == ([16], True)
 
 
 def test_evidence_counts_far_ends(monkeypatch):
@@ -792,7 +792,7 @@ def test_evidence_is_no_proof_where_chains_find_an_error(monkeypatch):
     rule.next_cycle(Evidence(0, 0.4, 3.0))
     scores.divergence = 0.5
     found, chains = gather_evidence(*scores.q, 300, rule)
-    assert [drift.num_trajectories for drift in scores.chains] == [chains.num_trajectories] == [16]
+    assert [drift.num_trajectories for drift in scores.chains] == [chains.num_trajectories] == [8]
     assert not found.is_ruled_out
     assert 0.05 < found.moment_error < 0.15
 

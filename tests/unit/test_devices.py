@@ -28,12 +28,11 @@ print((faults() - before) / 10)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries free as they like")
 def test_freed_memory_is_kept():
-    """Pages that were returned to the system are faults when they are written to again, 2,048 of 4 KiB here."""
+    """Pages that were returned to the system are faults when they are written to again, 2,048 here if of 4 KiB."""
 
     def faults(before):
         code = TAKE_AND_FREE.format(before=before)
         run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         return float(run.stdout)
 
-    assert faults("keep_freed_memory()") < 50
-    assert faults("") > 1000
+    assert faults("keep_freed_memory()") < 0.2 * faults("")
