@@ -34,12 +34,15 @@ _READERS = {
     aten.sum.dim_IntList,
 }
 _VIEWS = {aten.view.default, aten._unsafe_view.default}
+_BOUND = {aten.as_strided.default, aten.as_strided_scatter.default}  # they read memory as it was laid out
 
 
 def lay_long_dims_innermost(recording: Recording) -> Recording:
     """Let tensors of (..., N, K), N long and K short, lie in memory as (..., K, N), in place, where all that reads them
     is as fast on that."""
     is_changed = False
+    if any(node.target in _BOUND for node in recording.graph.nodes):
+        return recording
     for node in list(recording.graph.nodes):
         if _broadcasts(node, recording.constants) and all(map(_reads_any_layout, _followers(node))):
             _compute_transposed(node, recording)
@@ -98,7 +101,7 @@ def _transposed(node: fx.Node, recording: Recording) -> fx.Node:
         turned.meta["val"] = TensorMeta.of(constant)
         return turned
     turned = _call(graph, aten.transpose.int, (node, -1, -2), meta)
-    if 1 not in meta.shape[-2:] and node.target is not aten.expand.default:  # data that were given: few, read B times
+    if 1 not in meta.shape[-2:] and _size_in_memory(node) == meta.shape.numel():  # as data are: few, and read B times
         turned = graph.call_function(aten.clone.default, (turned,), {"memory_format": torch.contiguous_format})
         turned.meta["val"] = meta._replace(shape=_exchanged(meta.shape), stride=())
     return turned
@@ -134,8 +137,8 @@ def _size_in_memory(node: fx.Node) -> int:
 
 
 def _is_data(node: fx.Node, constants: dict[str, Tensor]) -> bool:
-    """Whether it is a constant of two dims or more, which is not to be learned."""
+    """Whether it is a constant of two dims or more, and neither an expansion nor to be learned."""
     if node.op != "get_attr":
         return False
     tensor = constants[str(node.target)]
-    return tensor.dim() > 1 and not tensor.requires_grad
+    return tensor.dim() > 1 and 0 not in tensor.stride() and not tensor.requires_grad

@@ -121,12 +121,34 @@ def of_few(x):
     return (Y[:20, None] - x[:, None]).exp().square().sum()
 
 
-@pytest.mark.parametrize("function", [in_a_product, in_a_softmax, in_a_view, of_few])
+def in_strides(x):
+    """Of sums whose layout would be another."""
+    return (Y[:, None] - x[:, None]).exp().sum(1).as_strided((B * K,), (1,)).square().sum()
+
+
+@pytest.mark.parametrize("function", [in_a_product, in_a_softmax, in_a_view, of_few, in_strides])
 def test_what_would_not_gain_is_left_as_it_is(function):
-    """Where another operation wants K innermost, and would copy."""
+    """Where another operation wants K innermost, and would copy, or read other numbers."""
     recording = simplify(record(function, torch.randn(B, K, dtype=torch.double)))
     before = targets(recording)
     assert targets(lay_long_dims_innermost(recording)) == before
+
+
+def test_an_expanded_constant_takes_no_memory():
+    rows = torch.arange(1.0, N + 1.0, dtype=torch.double)[:, None].expand(N, K)
+
+    def function(x):
+        return (rows * x[:, None]).square().sum()
+
+    x = torch.randn(B, K, dtype=torch.double)
+    plain, laid_out = (simplify(record(function, x)) for _ in range(2))
+    lay_long_dims_innermost(laid_out)
+    assert set(layouts(laid_out, x)) == {(1, N)}
+    assert all(
+        constant.untyped_storage().nbytes() <= rows.untyped_storage().nbytes()
+        for constant in laid_out.constants.values()
+    )
+    check_values(plain, laid_out, x)
 
 
 def test_a_constant_that_is_learned_is_read_anew():
