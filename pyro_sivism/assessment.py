@@ -98,7 +98,7 @@ def _drift(chains: Chains, is_alarming: bool) -> DriftStatistics:
     """What new trajectories of the chains say, long ones all told where the Fisher divergence is alarming.
 
     A run that ends when chains find nothing has been chosen for what these, by chance, miss: where they went before
-    does not count again.
+    does not count again. Where they started still does, of which there is less chance: 8,192 draws to 512 chains.
     """
     min_trajectories = max(0, _NUM_DECIDING_TRAJECTORIES - chains.num_trajectories) if is_alarming else 0
     return drift_statistics(chains.forget(), min_trajectories=min_trajectories)

@@ -26,6 +26,6 @@ def keep_freed_memory() -> None:
     A score of thousands of observations frees some megabytes at its end, and takes them again, page by page, in the
     next one: a fifth of the time of a step, measured on a virtual machine. glibc keeps twice the largest block of its
     own that it has seen freed, up to 32 MiB of it, so that it is enough to show it one (mallopt(3), on
-    ``M_MMAP_THRESHOLD``); other libraries are not impressed.
+    ``M_MMAP_THRESHOLD``). Without effect on other C libraries.
     """
     torch.empty(_BLOCK_SIZE, dtype=torch.uint8, device="cpu")

@@ -74,7 +74,7 @@ class DriftStatistics:
         stuck: the fraction of chains that never moved.
         num_evaluations: log densities and scores of single points computed.
         num_draws: chains.
-        num_trajectories: of each.
+        num_trajectories: of each, that were looked at.
     """
 
     coordinates: MomentErrors

@@ -277,8 +277,8 @@ def _unjudged(
         return []
     site = name(int(i))
     text = (
-        f"{site}: cannot be vouched for, as chains hardly moved from q's draws (correlation {correlation:.2f} after "
-        f"{drift.num_trajectories} trajectories)"
+        f"{site}: cannot be vouched for, as chains hardly moved from q's draws (they still correlate by "
+        f"{correlation:.2f})"
     )
     return [Finding("drift", (site,), correlation.item(), 1.0, text)]
 

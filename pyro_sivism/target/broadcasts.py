@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from pyro_sivism.target.graph import drop_unread
+from pyro_sivism.target.graph import drop_unread, reads_memory
 from pyro_sivism.target.recording import Recording, TensorMeta
 
 __all__ = ["expand_late", "factor_out"]
@@ -38,7 +38,7 @@ def expand_late(recording: Recording) -> Recording:
     """Let elementwise operations, and softmaxes along dims that are not expanded, work on what is expanded after them;
     in place. Results keep their values and shapes, but are laid out in memory as an expansion is."""
     graph = recording.graph
-    if _reads_memory(graph):
+    if reads_memory(graph):
         return recording
     for node in list(graph.nodes):
         if node.op == "call_function" and isinstance(node.meta.get("val"), TensorMeta):
@@ -111,7 +111,7 @@ def factor_out(recording: Recording, batch_size: int) -> Recording:
         recording: of a function of a batch.
         batch_size: the length that no dim but that of the batch has.
     """
-    if _reads_memory(recording.graph):
+    if reads_memory(recording.graph):
         return recording
     _Factors(recording, batch_size).run()
     for node in recording.graph.nodes:
@@ -270,11 +270,6 @@ class _Factors:
         nodes = [arg for arg in args if isinstance(arg, fx.Node)]
         shape = _broadcast(nodes) if shape is None else shape
         return _call(self.graph, target, nodes[0].meta["val"]._replace(shape=shape), *args)
-
-
-def _reads_memory(graph: fx.Graph) -> bool:
-    """Whether an operation reads memory as it is laid out."""
-    return any(node.target is aten.as_strided.default for node in graph.nodes)
 
 
 def _from_end(dim: Any, rank: int) -> int:

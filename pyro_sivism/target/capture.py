@@ -137,7 +137,7 @@ class CapturedDensity:
                 recording = record(_with_score(log_densities), points, *inputs, differentiates=True)
             recording = index_rows(simplify(recording))
             recording = simplify(factor_out(recording, sizes[-1])) if self._factors_out else recording
-            recordings.append(lay_long_dims_innermost(recording))
+            recordings.append(lay_long_dims_innermost(recording, sizes[-1]))
             used |= sizes_in(recording)
         graph = BatchGraph(recordings, sizes)
         _check_sizes(graph, _points_near(x, sum(sizes)), inputs)

@@ -24,7 +24,7 @@ from torch import Tensor, fx
 
 from pyro_sivism.target.recording import Recording, TensorMeta
 
-__all__ = ["drop_unread", "index_rows", "is_random", "simplify"]
+__all__ = ["drop_unread", "index_rows", "is_random", "reads_memory", "simplify"]
 
 aten = torch.ops.aten
 
@@ -64,6 +64,13 @@ _FILLS = {  # what was only allocated has no values yet that anything could read
     aten.new_zeros.default: 0.0,
     aten.ones_like.default: 1.0,
     aten.new_ones.default: 1.0,
+}
+_MEMORY_READERS = {
+    aten.as_strided.default,
+    aten.as_strided_scatter.default,
+    aten._reshape_alias.default,
+    aten.view.dtype,
+    aten.view_as_complex.default,
 }
 _MAX_CONSTANT = 2**22  # numbers in a folded tensor: past it, recomputing is cheaper than the memory
 
@@ -118,6 +125,11 @@ def _index_rows(recording: Recording, node: fx.Node) -> None:
 def is_random(recording: Recording) -> bool:
     """Whether a replay draws random numbers."""
     return any(_is_random(node) for node in recording.graph.nodes)
+
+
+def reads_memory(graph: fx.Graph) -> bool:
+    """Whether an operation reads memory as it is laid out, so that no layout may be changed."""
+    return any(node.target in _MEMORY_READERS for node in graph.nodes)
 
 
 class _Simplifier:

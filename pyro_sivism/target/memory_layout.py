@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from pyro_sivism.target.graph import drop_unread, reads_memory
 from pyro_sivism.target.recording import Recording, TensorMeta
 
 __all__ = ["lay_long_dims_innermost"]
@@ -22,35 +23,37 @@ __all__ = ["lay_long_dims_innermost"]
 aten = torch.ops.aten
 
 _MAX_SHORT, _MIN_LONG = 16, 64  # lengths of the last dim and the one before
-# Operations, other than on each element, that are as fast on any layout. Those that make more dims, as of a Markov
-# chain's transitions, are none: yet another one would be innermost.
+# Operations, other than on each element, that are as fast on any layout. None that make views, which pass it on: those
+# with more dims, as of a Markov chain's transitions, would have yet another one innermost.
 _READERS = {
     aten.amax.default,
     aten.logsumexp.default,
     aten.mean.dim,
-    aten.select.int,
-    aten.slice.Tensor,
     aten.sum.default,
     aten.sum.dim_IntList,
 }
 _VIEWS = {aten.view.default, aten._unsafe_view.default}
-_BOUND = {aten.as_strided.default, aten.as_strided_scatter.default}  # they read memory as it was laid out
 
 
-def lay_long_dims_innermost(recording: Recording) -> Recording:
+def lay_long_dims_innermost(recording: Recording, batch_size: int) -> Recording:
     """Let tensors of (..., N, K), N long and K short, lie in memory as (..., K, N), in place, where all that reads them
-    is as fast on that."""
-    is_changed = False
-    if any(node.target in _BOUND for node in recording.graph.nodes):
+    is as fast on that.
+
+    Args:
+        batch_size: the length that no dim but that of the batch has, which is none of these.
+    """
+    if reads_memory(recording.graph):
         return recording
+    turned: dict[fx.Node, fx.Node] = {}
     for node in list(recording.graph.nodes):
-        if _broadcasts(node, recording.constants) and all(map(_reads_any_layout, _followers(node))):
-            _compute_transposed(node, recording)
-            is_changed = True
-    if is_changed:  # a view asks for a layout, of sums of what was turned, too
+        makes_it = _broadcasts(node, recording.constants) and batch_size not in node.meta["val"].shape[-2:]
+        if makes_it and all(map(_reads_any_layout, _followers(node))):
+            _compute_transposed(node, recording, turned)
+    if turned:  # a view asks for a layout, of sums of what was turned, too
         for node in recording.graph.nodes:
             if node.target in _VIEWS:
                 node.target = aten.reshape.default
+        drop_unread(recording.graph)
     return recording
 
 
@@ -78,11 +81,15 @@ def _reads_any_layout(node: fx.Node) -> bool:
     return _is_elementwise(node) or node.target in _READERS
 
 
-def _compute_transposed(node: fx.Node, recording: Recording) -> None:
+def _compute_transposed(node: fx.Node, recording: Recording, turned: dict[fx.Node, fx.Node]) -> None:
+    """Put in its place the same of its arguments' transposes, of which those that were ``turned`` before are taken."""
     with recording.graph.inserting_before(node):
-        args = fx.map_arg(node.args, lambda argument: _transposed(argument, recording))
-        turned = _call(recording.graph, node.target, args, node.meta["val"])
-        back = _call(recording.graph, aten.transpose.int, (turned, -1, -2), turned.meta["val"])
+        for argument in node.all_input_nodes:
+            if argument not in turned:
+                turned[argument] = _transposed(argument, recording)
+        args = fx.map_arg(node.args, turned.get)
+        result = _call(recording.graph, node.target, args, node.meta["val"])
+        back = _call(recording.graph, aten.transpose.int, (result, -1, -2), result.meta["val"])
     node.replace_all_uses_with(back)
     recording.graph.erase_node(node)
 

@@ -116,23 +116,30 @@ def test_the_verdict_runs_the_last_chains_on_and_counts_new_trajectories_only(mo
         return made[-1]
 
     def count(chains, **limits):
+        before = chains.num_evaluations, chains.num_trajectories
         drift = drift_statistics(chains, **limits)
-        counted.append((chains, drift.num_trajectories, limits))
+        counted.append((chains, *before, drift.num_trajectories))
         return drift
 
     monkeypatch.setattr(assessment, "Chains", make)
     monkeypatch.setattr(assessment, "drift_statistics", count)
     _, result = fit(lambda: pyro.sample("x", dist.Normal(0.0, 1.0)))
-    evidence, verdict = counted
-    assert evidence[0] is verdict[0] is made[-1]
-    assert verdict[1] == result.verdict.drift.num_trajectories >= 8
-    assert made[-1].num_trajectories == verdict[1]  # those of the evidence are forgotten
+    (*_, evidence), (chains, num_evaluations, num_trajectories, num_counted) = counted
+    assert chains is made[-1] is counted[0][0]
+    assert num_evaluations > evidence * len(chains.starts) > 0, "they have run"
+    assert num_trajectories == 0
+    assert num_counted == result.verdict.drift.num_trajectories
 
 
 @pytest.mark.usefixtures("float64")
 def test_an_alarmed_verdict_counts_what_chains_have_run_before(monkeypatch):
     limits = []
-    monkeypatch.setattr(assessment, "drift_statistics", lambda chains, **given: limits.append(given))
+
+    def look(chains, **given):
+        assert chains.num_trajectories == 0
+        limits.append(given)
+
+    monkeypatch.setattr(assessment, "drift_statistics", look)
     target = GaussianTarget(torch.zeros(1), torch.ones(1, 1))
     for num_trajectories in (0, 16, 40):
         assessment._drift(Chains(target, torch.randn(200, 1)).run(num_trajectories), is_alarming=True)

@@ -372,7 +372,7 @@ def normals(x, y):
 
 def test_a_plate_of_normals_costs_a_difference_and_a_square():
     density = check_captured(normals, 0.3 * waves(4), Y)
-    assert large(density.graph("score")._graph, 4 * N) == [SUB, aten.pow.Tensor_Scalar]  # of each draw
+    assert large(density.graph("score")._graph, 4 * N) == [SUB, aten.pow.Tensor_Scalar]
     both = large(density.graph("both")._graph, 4 * N)
     assert both == [SUB, aten.pow.Tensor_Scalar, MUL, SUB, SUB]
 

@@ -536,7 +536,10 @@ def test_chains_that_hardly_move_vouch_for_nothing():
     stein, drift = stein_statistics(x, target.score(x)), drift_statistics(Chains(target, x))
     verdict = judge(stein, drift=drift, labels=["mu", "tau"])
     assert (verdict.level, verdict.worst.sites) == ("suspect", ("mu",))
-    assert "mu: cannot be vouched for, as chains hardly moved from q's draws (correlation 0.9" in verdict.sentence
+    assert (
+        "mu: cannot be vouched for, as chains hardly moved from q's draws (they still correlate by 0.9"
+        in verdict.sentence
+    )
     assert judge(stein, drift=drift, modes=find_modes(target, x)).level == "good"
 
 
