@@ -59,7 +59,7 @@ def targets(recording):
 
 
 class StridesOf(TorchDispatchMode):
-    """Remembers the last two strides of results (..., N, K) that are not views."""
+    """Remembers the last two strides of results whose shape ends so, and that are not views."""
 
     def __init__(self, *shape):
         super().__init__()
@@ -67,7 +67,7 @@ class StridesOf(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if torch.Tag.pointwise in function.tags and result.shape[-2:] == self.shape:
+        if torch.Tag.pointwise in function.tags and result.shape[-len(self.shape) :] == self.shape:
             self.found.append(result.stride()[-2:])
         return result
 
@@ -124,8 +124,11 @@ def test_a_captured_mixture_is_laid_out():
 
     sivism = SIVISM(model).setup(Y.float())
     assert sivism.target.path.name == "captured"
-    with StridesOf(N, K) as strides, torch.no_grad():
-        sivism.target.score(torch.randn(6, K))
+    x = torch.randn(6, K)
+    with torch.no_grad():
+        sivism.target.score(x)  # and looks at the model
+        with StridesOf(6, N, K) as strides:
+            sivism.target.score(x)
     assert set(strides.found) == {(1, N)}
 
 
