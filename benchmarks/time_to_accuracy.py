@@ -126,7 +126,7 @@ def _medians(rows: list[dict[str, Any]], name: str, method: str, budget: int | N
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """One panel for each posterior: error against seconds, a line for each method."""
     import matplotlib.pyplot as plt  # here, for its second is none of the fits'
-    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
     names = list(dict.fromkeys(row["posterior"] for row in rows))
     columns = min(4, len(names))
@@ -147,7 +147,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axis.title.set_fontsize(9)
         for each in (axis.xaxis, axis.yaxis):
             each.set_major_locator(LogLocator(subs=(1.0, 3.0)))
-            each.set_major_formatter(ScalarFormatter())
+            each.set_major_formatter(FormatStrFormatter("%g"))
             each.set_minor_formatter(NullFormatter())
     for axis in axes.flat[len(names) :]:
         axis.set_visible(False)
