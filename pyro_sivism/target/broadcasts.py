@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from pyro_sivism.target.graph import drop_unread, reads_memory
+from pyro_sivism.target.graph import drop_unread, is_elementwise, let_views_copy, reads_memory
 from pyro_sivism.target.recording import Recording, TensorMeta
 
 __all__ = ["expand_late", "factor_out"]
@@ -56,7 +56,7 @@ def _expand_after(graph: fx.Graph, node: fx.Node) -> None:
     with graph.inserting_before(node):
         if node.target is aten.expand.default:
             (small,) = sources.values()
-        elif _is_elementwise(node):
+        elif is_elementwise(node):
             shape = _broadcast(sources.values())
             if shape.numel() == meta.shape.numel() or not _keeps_type(sources):
                 return
@@ -78,12 +78,6 @@ def _expand_after(graph: fx.Graph, node: fx.Node) -> None:
 def _source(node: fx.Node) -> fx.Node:
     """What a node expands; otherwise itself."""
     return cast("fx.Node", node.args[0]) if node.target is aten.expand.default else node
-
-
-def _is_elementwise(node: fx.Node) -> bool:
-    tags = getattr(node.target, "tags", ())
-    is_copy = "memory_format" in node.kwargs  # made for its layout in memory
-    return torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags and not is_copy
 
 
 def _keeps_type(sources: dict[fx.Node, fx.Node]) -> bool:
@@ -114,9 +108,7 @@ def factor_out(recording: Recording, batch_size: int) -> Recording:
     if reads_memory(recording.graph):
         return recording
     _Factors(recording, batch_size).run()
-    for node in recording.graph.nodes:
-        if node.target is aten.view.default:  # of one layout only
-            node.target = aten.reshape.default
+    let_views_copy(recording.graph)
     drop_unread(recording.graph)
     return recording
 

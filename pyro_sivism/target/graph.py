@@ -24,7 +24,7 @@ from torch import Tensor, fx
 
 from pyro_sivism.target.recording import Recording, TensorMeta
 
-__all__ = ["drop_unread", "index_rows", "is_random", "reads_memory", "simplify"]
+__all__ = ["drop_unread", "index_rows", "is_elementwise", "is_random", "let_views_copy", "reads_memory", "simplify"]
 
 aten = torch.ops.aten
 
@@ -65,6 +65,7 @@ _FILLS = {  # what was only allocated has no values yet that anything could read
     aten.ones_like.default: 1.0,
     aten.new_ones.default: 1.0,
 }
+_VIEWS = {aten.view.default, aten._unsafe_view.default}
 _MEMORY_READERS = {
     aten.as_strided.default,
     aten.as_strided_scatter.default,
@@ -130,6 +131,21 @@ def is_random(recording: Recording) -> bool:
 def reads_memory(graph: fx.Graph) -> bool:
     """Whether an operation reads memory as it is laid out, so that no layout may be changed."""
     return any(node.target in _MEMORY_READERS for node in graph.nodes)
+
+
+def let_views_copy(graph: fx.Graph) -> None:
+    """Write views, which ask for a layout in memory, as what copies where it is another one."""
+    for node in graph.nodes:
+        if node.target in _VIEWS:
+            node.target = aten.reshape.default
+
+
+def is_elementwise(node: fx.Node) -> bool:
+    """Whether an operation computes each element from those in its place, and leaves the layout to its arguments."""
+    tags = getattr(node.target, "tags", ())
+    is_copy = "memory_format" in node.kwargs  # made for its layout in memory
+    is_tensor = isinstance(node.meta.get("val"), TensorMeta)
+    return is_tensor and torch.Tag.pointwise in tags and not _is_random(node) and not is_copy
 
 
 class _Simplifier:

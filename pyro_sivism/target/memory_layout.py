@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from pyro_sivism.target.graph import drop_unread, reads_memory
+from pyro_sivism.target.graph import drop_unread, is_elementwise, let_views_copy, reads_memory
 from pyro_sivism.target.recording import Recording, TensorMeta
 
 __all__ = ["lay_long_dims_innermost"]
@@ -32,7 +32,6 @@ _READERS = {
     aten.sum.default,
     aten.sum.dim_IntList,
 }
-_VIEWS = {aten.view.default, aten._unsafe_view.default}
 
 
 def lay_long_dims_innermost(recording: Recording, batch_size: int) -> Recording:
@@ -49,17 +48,15 @@ def lay_long_dims_innermost(recording: Recording, batch_size: int) -> Recording:
         makes_it = _broadcasts(node, recording.constants) and batch_size not in node.meta["val"].shape[-2:]
         if makes_it and all(map(_reads_any_layout, _followers(node))):
             _compute_transposed(node, recording, turned)
-    if turned:  # a view asks for a layout, of sums of what was turned, too
-        for node in recording.graph.nodes:
-            if node.target in _VIEWS:
-                node.target = aten.reshape.default
+    if turned:
+        let_views_copy(recording.graph)  # of sums of what was turned
         drop_unread(recording.graph)
     return recording
 
 
 def _broadcasts(node: fx.Node, constants: dict[str, Tensor]) -> bool:
     """Whether an operation on each element makes (..., N, K) of arguments that are smaller, or constant."""
-    if not _is_elementwise(node) or not _is_long_and_short(node) or node.kwargs:
+    if not is_elementwise(node) or not _is_long_and_short(node) or node.kwargs:
         return False
     size = node.meta["val"].shape.numel()
     return all(_size_in_memory(argument) < size or _is_data(argument, constants) for argument in node.all_input_nodes)
@@ -73,12 +70,12 @@ def _followers(node: fx.Node) -> Iterator[fx.Node]:
             if user not in seen:
                 seen.add(user)
                 yield user
-                if _is_elementwise(user) and user.meta["val"].shape[-2:] == node.meta["val"].shape[-2:]:
+                if is_elementwise(user) and user.meta["val"].shape[-2:] == node.meta["val"].shape[-2:]:
                     ahead.append(user)
 
 
 def _reads_any_layout(node: fx.Node) -> bool:
-    return _is_elementwise(node) or node.target in _READERS
+    return is_elementwise(node) or node.target in _READERS
 
 
 def _compute_transposed(node: fx.Node, recording: Recording, turned: dict[fx.Node, fx.Node]) -> None:
@@ -123,11 +120,6 @@ def _call(graph: fx.Graph, target: Any, args: tuple[Any, ...], of: TensorMeta) -
 
 def _exchanged(shape: Sequence[int]) -> torch.Size:
     return torch.Size([*shape[:-2], shape[-1], shape[-2]])
-
-
-def _is_elementwise(node: fx.Node) -> bool:
-    is_tensor = isinstance(node.meta.get("val"), TensorMeta)
-    return is_tensor and node.op == "call_function" and torch.Tag.pointwise in getattr(node.target, "tags", ())
 
 
 def _is_long_and_short(node: fx.Node) -> bool:
