@@ -33,7 +33,7 @@ from pyro_sivism.stopping import Evidence, StoppingRule
 from pyro_sivism.target import Target
 from pyro_sivism.target.anchored import AnchoredTarget
 
-__all__ = ["assess", "can_follow_chains", "distance_to_chains", "gather_evidence"]
+__all__ = ["assess", "can_follow_chains", "chains_from", "distance_to_chains", "gather_evidence"]
 
 _MIN_DRAWS, _MAX_DRAWS, _DRAWS_PER_DIM = 2048, 8192, 64
 _NUM_UNSCORED_DRAWS = 6144  # which cost nothing: what chains are compared with is then known better than they are
@@ -87,7 +87,7 @@ def assess(
     return judge(
         stein_statistics(x, score, num_blocks=num_blocks),
         fisher=fisher,
-        drift=_drift(_chains(target, draws) if chains is None else chains, is_alarming(fisher)) if exact else None,
+        drift=_drift(chains_from(target, draws) if chains is None else chains, is_alarming(fisher)) if exact else None,
         modes=find_modes(target, draws, extra_starts=ends) if seeks_modes else None,
         tails=tail_indices(target, draws) if seeks_modes else None,
         labels=target.layout.coordinate_names,
@@ -134,8 +134,13 @@ def _with_more(x: Tensor, affine: AffineMap, family: SemiImplicit) -> Tensor:
     return torch.cat([x, affine.forward(family.rsample(_NUM_UNSCORED_DRAWS).x)])
 
 
-def _chains(target: Target | AnchoredTarget, draws: Tensor) -> Chains:
-    """From the first of the draws."""
+def chains_from(target: Target | AnchoredTarget, draws: Tensor) -> Chains:
+    """Chains from the first of q's draws.
+
+    Raises:
+        ArgumentError: a coordinate of the draws does not vary.
+        NonFiniteError: the target is not finite at most draws.
+    """
     return Chains(target, draws, _NUM_CHAINS if target.dim <= 256 else _NUM_LARGE_CHAINS)
 
 
@@ -174,7 +179,7 @@ def gather_evidence(
         wants_proof = rule.wants_proof(evidence) and target.dim <= _MAX_PROVEN_DIM
         if target.is_subsampled or evidence.moment_error >= LARGE_ERROR or not (wants_proof or rule.may_end(evidence)):
             return evidence, None
-        chains = _chains(target, _with_more(x, affine, family))
+        chains = chains_from(target, _with_more(x, affine, family))
         drift = drift_statistics(chains, **(_PROOF if wants_proof else _EVIDENCE))
     except (ArgumentError, NonFiniteError):  # too few draws left, or no spread in them
         return Evidence(num_steps, moment_error=math.inf, divergence=math.inf), None
@@ -211,7 +216,7 @@ def distance_to_chains(
     """
     try:
         if chains is None:
-            chains = _chains(target, affine.forward(family.rsample(_NUM_UNSCORED_DRAWS).x))
+            chains = chains_from(target, affine.forward(family.rsample(_NUM_UNSCORED_DRAWS).x))
     except (ArgumentError, NonFiniteError):  # no spread in the draws, or too few left
         return None
     late = chains.run(_NUM_TRAJECTORIES_TO_FOLLOW).late.flatten(0, 1)

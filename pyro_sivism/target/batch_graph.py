@@ -50,6 +50,9 @@ class BatchGraph:
         recordings: of the function, at two sizes. Both are used up.
         sizes: B of each.
 
+    Attributes:
+        module: the operations, which also take what :meth:`arguments_for` gives.
+
     Raises:
         NotOneGraphError: the recordings differ in more than B.
     """
@@ -60,10 +63,10 @@ class BatchGraph:
         self._constants, self._graph = first.constants, merger.merged()
         self._arguments = merger.arguments
         self._cache: OrderedDict[int, list[int | Tensor]] = OrderedDict()
-        self._module = fx.GraphModule(self._constants, self._graph)
+        self.module = fx.GraphModule(self._constants, self._graph)
 
     def __call__(self, x: Tensor, *inputs: Tensor) -> Any:
-        return self._module.forward(x, *inputs, *self._arguments_for(len(x)))
+        return self.module.forward(x, *inputs, *self.arguments_for(len(x)))
 
     def part(self, index: int) -> BatchGraph:
         """The same function, of whose results only that one is wanted."""
@@ -74,11 +77,11 @@ class BatchGraph:
         results: Any = part._graph.graph_copy(self._graph, copies)
         part._graph.output(results[index])
         drop_unread(part._graph)
-        part._module = fx.GraphModule(self._constants, part._graph)
+        part.module = fx.GraphModule(self._constants, part._graph)
         return part
 
-    def _arguments_for(self, size: int) -> list[int | Tensor]:
-        """What depends on B alone."""
+    def arguments_for(self, size: int) -> list[int | Tensor]:
+        """What depends on B alone, and is given to the module after the inputs."""
         if size not in self._cache:
             arguments = [argument(size) for argument in self._arguments]
             if sum(a.numel() for a in arguments if isinstance(a, Tensor)) > _MAX_CACHED_NUMBERS:

@@ -6,6 +6,7 @@
    for all sizes follows (``batch_graph``): one from ``x (B, D)`` to log densities and scores, and the parts of it that
    are needed for one of them.
 3. A model that ``vmap`` cannot take (Multinomial) is recorded inside a plate of particles instead.
+4. Where no derivatives are asked for, the graph is replayed by TorchScript (``traced``), on the CPU.
 
 ``pyro.param``s and parameters of modules stay references to their leaves, so that they may be learned. What a graph
 cannot follow is refused while it is recorded, with the operation's own error (a branch on a latent, ``.item()``), or
@@ -32,6 +33,7 @@ from pyro_sivism.target.memory_layout import lay_long_dims_innermost
 from pyro_sivism.target.paths import agree, direction, nudged, rounding_slack
 from pyro_sivism.target.recording import Recording, record
 from pyro_sivism.target.runs import ModelRuns
+from pyro_sivism.target.traced import TracedReplays
 
 __all__ = ["CaptureError", "CapturedDensity"]
 
@@ -77,6 +79,7 @@ class CapturedDensity:
         self._stored_params: dict[str, Tensor] = {}
         runs.params(x)  # one that the store does not have yet is made by this run, and is not part of the graph
         self._graphs = {"both": self._record_batches(x)}
+        self._replays: dict[str, TracedReplays] = {}
         self._used: set[tuple[str, bool]] = set()
 
     @property
@@ -112,7 +115,9 @@ class CapturedDensity:
             x: the points.
             inputs: tensors in the place of :attr:`ModelRuns.inputs`.
         """
-        result = self.graph(what)(x, *(inputs if self._held is None else ()))
+        if what not in self._replays:
+            self._replays[what] = TracedReplays(self.graph(what))
+        result = self._replays[what](x, *(inputs if self._held is None else ()))
         if what == "both":
             return result
         return (result, None) if what == "log_density" else (None, result)

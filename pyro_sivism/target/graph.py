@@ -24,12 +24,21 @@ from torch import Tensor, fx
 
 from pyro_sivism.target.recording import Recording, TensorMeta
 
-__all__ = ["drop_unread", "index_rows", "is_elementwise", "is_random", "let_views_copy", "reads_memory", "simplify"]
+__all__ = [
+    "CHECKS",
+    "drop_unread",
+    "index_rows",
+    "is_elementwise",
+    "is_random",
+    "let_views_copy",
+    "reads_memory",
+    "simplify",
+]
 
 aten = torch.ops.aten
 
 # Operations whose result nothing reads and which must stay: they raise where the values are bad.
-_CHECKS = {aten._linalg_check_errors.default, aten._assert_async.default, aten._assert_async.msg}
+CHECKS = {aten._linalg_check_errors.default, aten._assert_async.default, aten._assert_async.msg}
 _ALIASES = {aten.alias.default, aten.lift_fresh.default}
 # These return their argument's values in another shape, type or memory layout; where that is the same, the argument.
 _RESHAPES = {
@@ -86,7 +95,7 @@ def simplify(recording: Recording) -> Recording:
 def drop_unread(graph: fx.Graph) -> None:
     """Drop the operations whose results nothing reads."""
     for node in reversed(list(graph.nodes)):
-        if node.op in ("call_function", "get_attr") and not node.users and node.target not in _CHECKS:
+        if node.op in ("call_function", "get_attr") and not node.users and node.target not in CHECKS:
             graph.erase_node(node)
 
 
@@ -160,7 +169,7 @@ class _Simplifier:
         drop_unread(self.graph)
 
     def _rewrite(self, node: fx.Node, seen: dict[Any, fx.Node]) -> None:
-        if node.target in _CHECKS:
+        if node.target in CHECKS:
             return
         if node.target is aten.select_scatter.default:
             node = self._select_scatter(node)

@@ -784,7 +784,7 @@ def test_a_wrong_derivative_is_noticed_at_its_first_use(monkeypatch):
     for _ in range(3):
         target.score(x)
     assert target.path.name == "captured"
-    monkeypatch.setitem(captured._graphs, "score", lambda x, *inputs: graph(x, *inputs) + x - x.detach())
+    monkeypatch.setitem(captured._replays, "score", lambda x, *inputs: graph(x, *inputs) + x - x.detach())
     with pytest.warns(TargetPathWarning, match="the score's derivative at one draw is"):
         got = hvp(target, "captured", x, torch.ones_like(x))
     torch.testing.assert_close(got, hvp(target, "loop", x, torch.ones_like(x)))

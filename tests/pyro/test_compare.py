@@ -282,14 +282,23 @@ def test_the_posterior_in_raw_units_after_thirty_steps(raw_units):
 
 @pytest.mark.parametrize("full_mass", [True, False, [("a",)], [("z",)]])
 def test_the_mass_matrix_is_the_covariance_in_pyros_order(raw_units, full_mass):
-    kernel = nuts_from(raw_units, full_mass=full_mass)
+    check_mass_matrix(nuts_from(raw_units, full_mass=full_mass))
+
+
+def test_the_mass_matrix_of_a_rough_fit_is_mended():
+    """Two sds off, and with sds and correlations that are not the posterior's."""
+    rough = exact(correlated, mean=LOC + 2.0 * SD, covariance=(0.4 * SD).square().diag())
+    check_mass_matrix(nuts_from(rough))
+
+
+def check_mass_matrix(kernel):
     kernel.setup(10)
     columns = {"z": [0, 1], "a": [2]}
     blocks = kernel.inverse_mass_matrix
     assert sorted(name for names in blocks for name in names) == ["a", "z"]
     for names, inverse in blocks.items():
         index = [i for name in names for i in columns[name]]
-        # q's covariance comes from 4,000 draws: correlations are right to 5 / sqrt(4000).
+        # From 512 chains' 16 ends each: correlations are right to 5 / sqrt(4000), say.
         scale = SD[index]
         if inverse.dim() == 1:
             torch.testing.assert_close(inverse / scale**2, torch.ones(len(index)), atol=0.15, rtol=0.0)
