@@ -62,6 +62,10 @@ class Replays:
         self.is_check_due = False
         self.num_unchecked = 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without graphs, which cannot be pickled: a process that is spawned records them anew."""
+        return {**self.__dict__, "_captures": {}}
+
     def evaluate(self, path: str, what: str, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Log densities and scores, as :meth:`CapturedDensity.evaluate`, by the graphs for the arguments at hand.
 

@@ -1,6 +1,7 @@
 """Fits beside NUTS: distances against SciPy and closed forms, errors against their spread, and kernels from fits."""
 
 import math
+import pickle
 import sys
 
 import numpy as np
@@ -356,6 +357,18 @@ def test_every_chain_starts_at_its_own_draw_of_the_fit(fitted):
     assert len(set(starts)) == len(starts) == mcmc.num_chains
     assert all(abs(start - mean) < 5 * sd for start in starts)
     draw(kernel, num_samples=5, warmup_steps=5)  # a kernel can be used again
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning")  # torch's own pytrees, unpickled
+def test_a_kernel_goes_to_processes_that_are_spawned(fitted):
+    """As ``MCMC(num_chains=...)`` sends it on macOS and Windows, or with ``mp_context="spawn"``."""
+    kernel = nuts_from(fitted)
+    draw(kernel, num_samples=30)  # graphs have been recorded and traced
+    there = pickle.loads(pickle.dumps(kernel))
+    mu = draw(there, num_samples=100).get_samples()["mu"]
+    mean, sd = posterior_of_normal(Y)
+    assert abs(mu.mean() - mean) < sd
+    assert there._target.path.name == "captured"
 
 
 def test_other_arguments_give_their_own_posterior(fitted):

@@ -78,6 +78,8 @@ def test_only_so_many_sizes_are_traced(num_traces, monkeypatch):
 def test_what_is_differentiated_is_the_graph():
     replays = TracedReplays(graph_of(summed, W))
     replayed(replays, points(4), W)
+    assert set(replays._traces) == {4}
+    replays._traces[4] = lambda *args: pytest.fail("a trace was differentiated")
     x = points(4).requires_grad_()
     value, _ = replays(x, W)
     (found,) = torch.autograd.grad(value.sum(), x)
