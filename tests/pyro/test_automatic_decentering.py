@@ -656,7 +656,7 @@ def test_medians_and_quantiles_are_those_of_the_own_sites():
     for name, values in draws.items():
         for p, value in zip([*probabilities, 0.5], [*quantiles[name], median[name]]):
             below = (values < value).double().mean(0)
-            assert (below - p).abs().max() < 5.0 * (p * (1.0 - p) * (1.0 / 4_000 + 1.0 / 20_000)) ** 0.5, (name, p)
+            assert (below - p).abs().max() < 5.0 * (p * (1.0 - p) * (1.0 / 6_144 + 1.0 / 20_000)) ** 0.5, (name, p)
     assert_same(median, sivism.guide.median())
 
 
@@ -720,8 +720,9 @@ def test_the_comparison_with_nuts_is_at_the_own_sites(schools):
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning:pyro.*")
-def test_nuts_from_the_fit_draws_the_own_model(schools):
+def test_nuts_from_the_fit_draws_the_own_model(schools, monkeypatch):
     """On its potential as Pyro itself makes it, in the metric of the fit's draws of the own sites."""
+    monkeypatch.setattr("pyro_sivism.nuts._taken_on", lambda target, draws: draws)  # by chains, as test_compare tests
     _, potential, _, _ = initialize_model(eight_schools, DATA)
     differences = []
 
@@ -735,12 +736,12 @@ def test_nuts_from_the_fit_draws_the_own_model(schools):
     assert len(differences) == 20
     assert np.ptp(differences) < 1e-3  # rounding, in float32, of about 50
     assert abs(differences[0]) < 1e-3
-    # Variances of two sets of 4,000 and 20,000 draws: within 5 standard errors of their logarithms.
+    # Variances of two sets of 6,144 and 20,000 draws: within 5 standard errors of their logarithms.
     draws = draws_by_formula(schools, 20_000)
     unconstrained = torch.cat([draws["mu"][:, None], draws["tau"].log()[:, None], draws["theta"]], -1).double()
     centered = unconstrained - unconstrained.mean(0)
     kurtosis = centered.pow(4).mean(0) / centered.square().mean(0).square()
-    se = ((kurtosis - 1.0) * (1.0 / 4_000 + 1.0 / 20_000)).sqrt()
+    se = ((kurtosis - 1.0) * (1.0 / 6_144 + 1.0 / 20_000)).sqrt()
     (covariance,) = kernel.inverse_mass_matrix.values()
     assert ((covariance.diagonal().double() / unconstrained.var(0)).log().abs() < 5.0 * se).all()
 
