@@ -25,10 +25,12 @@ from pyro_sivism.diagnostics import (
     stein_statistics,
     tail_indices,
 )
-from pyro_sivism.diagnostics.moments import LARGE_ERROR
-from pyro_sivism.errors import ArgumentError, NonFiniteError
+from pyro_sivism.diagnostics.moments import LARGE_ERROR, MomentErrors
+from pyro_sivism.errors import ArgumentError, NonFiniteError, SivismError
 from pyro_sivism.family import AffineMap, GaussianFit, SemiImplicit
+from pyro_sivism.layout import LatentLayout
 from pyro_sivism.objectives import Objective, SlicedDistance
+from pyro_sivism.reparametrization import decentered_target
 from pyro_sivism.stopping import Evidence, StoppingRule
 from pyro_sivism.target import Target
 from pyro_sivism.target.anchored import AnchoredTarget
@@ -88,6 +90,7 @@ def assess(
         stein_statistics(x, score, num_blocks=num_blocks),
         fisher=fisher,
         drift=_drift(chains_from(target, draws) if chains is None else chains, is_alarming(fisher)) if exact else None,
+        decentered=_decentered_errors(target, x[:_NUM_CHAINS]),
         modes=find_modes(target, draws, extra_starts=ends) if seeks_modes else None,
         tails=tail_indices(target, draws) if seeks_modes else None,
         labels=target.layout.coordinate_names,
@@ -102,6 +105,32 @@ def _drift(chains: Chains, is_alarming: bool) -> DriftStatistics:
     """
     min_trajectories = max(0, _NUM_DECIDING_TRAJECTORIES - chains.num_trajectories) if is_alarming else 0
     return drift_statistics(chains.forget(), min_trajectories=min_trajectories)
+
+
+def _decentered_errors(target: Target | AnchoredTarget, x: Tensor) -> MomentErrors | None:
+    """The errors that chains in decentered coordinates find in those coordinates of x that these have, too, such as a
+    scale, and 0 in the others; None where no site is centered, or the chains cannot be run.
+
+    In a funnel's neck chains need steps that are too short for them ever to come there. Decentered it is none.
+    """
+    if not isinstance(target, Target) or not can_follow_chains(target) or target.params():
+        return None
+    try:
+        found = decentered_target(target, x)
+        if found is None:
+            return None
+        other, points = found
+        errors = drift_statistics(Chains(other, points)).coordinates
+    except SivismError:  # the fit is judged without
+        return None
+    return errors.at_places(*_shared_coordinates(target.layout, other.layout), target.dim)
+
+
+def _shared_coordinates(layout: LatentLayout, other: LatentLayout) -> tuple[list[int], list[int]]:
+    """Where the sites that both have are, in each."""
+    sites = [(site, other[site.name]) for site in layout.sites if site.name in other.names]
+    own = [site.offset + i for site, _ in sites for i in range(site.size)]
+    return own, [twin.offset + i for site, twin in sites for i in range(site.size)]
 
 
 def _fisher(

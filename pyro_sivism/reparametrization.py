@@ -50,6 +50,7 @@ __all__ = [
     "MultivariateNormalReparam",
     "centered_sites",
     "decenter",
+    "decentered_target",
     "decentering",
     "loose_sites",
     "suggestion",
@@ -136,20 +137,58 @@ def loose_sites(
         sites: of :func:`centered_sites`.
         draws: of the posterior, or near it: latent site -> (S, *site shape).
     """
-    config, spreads = decentering(sites), dict[str, list[Tensor]]()
+    names = {site.name: [f"{list(site.config)[-1]}_{suffix}" for suffix in ("decentered", "base")] for site in sites}
+    runs = _decentered_values(model, decentering(sites), itertools.chain(*names.values()), draws, args, kwargs or {})
+    loose = []
+    for site in sites:
+        found = [next(values[name] for name in names[site.name] if name in values) for values in runs]
+        if found and torch.stack(found).var(0).mean() > _LOOSE_VARIANCE:
+            loose.append(site)
+    return tuple(loose)
+
+
+def decentered_target(target: Target, x: Tensor) -> tuple[Target, Tensor] | None:
+    """The density of the same model with every site decentered that still is centered, and where draws ``x (S, D)`` of
+    its latents are there, without those at which the model fails; None if no site is centered, or it fails at all.
+
+    Raises:
+        ModelError: the model cannot be fitted so.
+    """
+    args, kwargs = target.arguments
+    config = decentering(centered_sites(target.model, *args, **kwargs))
+    if not config:
+        return None
+    with _leaving_no_trace():
+        prototype = Prototype.of(target.model, init_to_median, config)
+        trace = prototype.trace(*args, **kwargs)
+    layout = LatentLayout.from_trace(trace)
+    runs = _decentered_values(target.model, config, layout.names, target.layout.constrain(x), args, kwargs)
+    if not runs:
+        return None
+    points = layout.pack({name: torch.stack([values[name] for values in runs]) for name in layout.names})
+    return Target(prototype.model, layout, trace, args, kwargs, paths=target.paths), points
+
+
+def _decentered_values(
+    model: Callable,
+    config: dict[str, Reparam],
+    names: Iterable[str],
+    draws: Mapping[str, Tensor],
+    args: Sequence,
+    kwargs: Mapping[str, Any],
+) -> list[dict[str, Tensor]]:
+    """What some sites of the decentered model are at each of the draws ``(S, *shape)`` of the centered one's latents,
+    but those at which the model fails, as where a matrix is not positive definite."""
+    wanted, found = set(names), []
     with _leaving_no_trace(), torch.no_grad(), pyro.validation_enabled(False), poutine.block():
         for i in range(len(next(iter(draws.values())))):
             given = poutine.condition(model, data={name: values[i] for name, values in draws.items()})
             try:
-                nodes = poutine.trace(poutine.reparam(given, config=config)).get_trace(*args, **(kwargs or {})).nodes
-            except PARTICLE_ERRORS:  # the model fails at this draw, as where a matrix is not positive definite
+                nodes = poutine.trace(poutine.reparam(given, config=config)).get_trace(*args, **kwargs).nodes
+            except PARTICLE_ERRORS:
                 continue
-            for site in sites:
-                last = list(site.config)[-1]
-                name = next(name for name in (f"{last}_decentered", f"{last}_base") if name in nodes)
-                spreads.setdefault(site.name, []).append(nodes[name]["value"])
-    variances = {name: torch.stack(values).var(0).mean() for name, values in spreads.items()}
-    return tuple(site for site in sites if variances.get(site.name, 0.0) > _LOOSE_VARIANCE)
+            found.append({name: nodes[name]["value"] for name in wanted if name in nodes})
+    return found
 
 
 def centered_sites(model: Callable, *args: Any, **kwargs: Any) -> tuple[CenteredSite, ...]:

@@ -13,7 +13,8 @@ so that ``log2_sd = -1`` is an sd half as large as it should be.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -89,6 +90,13 @@ class MomentErrors:
         """The larger error of mean or sd in each direction, with ``NUM_STANDARD_ERRORS`` added, (K,)."""
         mean = self.mean.abs() + NUM_STANDARD_ERRORS * self.mean_se
         return torch.maximum(mean, self.log2_sd.abs() + NUM_STANDARD_ERRORS * self.log2_sd_se)
+
+    def at_places(self, places: Sequence[int], own: Sequence[int], count: int) -> MomentErrors:
+        """The errors in our directions ``own`` as those in the directions ``places`` of so many; 0 in the others."""
+        full = {field.name: getattr(self, field.name).new_zeros(count) for field in fields(self)}
+        for name, values in full.items():
+            values[list(places)] = getattr(self, name)[list(own)]
+        return MomentErrors(**full)
 
     def limited(self, other: MomentErrors, where: Tensor) -> MomentErrors:
         """These errors, in the directions of ``where (K,)`` no larger than the other's with two standard errors."""

@@ -66,7 +66,7 @@ class Finding:
     """One thing an instrument found.
 
     Attributes:
-        instrument: "stein", "drift", "fisher", "modes", "tails" or "draws".
+        instrument: "stein", "drift", "decentered", "fisher", "modes", "tails" or "draws".
         sites: where: the coordinate's or coordinates' names; empty where the finding is about all.
         size: in the units of the threshold.
         severity: 1 at the suspect threshold, 2 at the bad one, in proportion to the logarithm between and beyond.
@@ -136,6 +136,7 @@ def judge(
     *,
     fisher: FisherStatistics | None = None,
     drift: DriftStatistics | None = None,
+    decentered: MomentErrors | None = None,
     modes: ModeSearch | None = None,
     tails: TailIndices | None = None,
     labels: Sequence[str] | Callable[[int], str] | None = None,
@@ -148,6 +149,7 @@ def judge(
 
     Args:
         stein, fisher, drift, modes, tails: what the instruments returned.
+        decentered: the errors of x's coordinates that chains found in other coordinates, in which a funnel is none.
         labels: names of the coordinates of x, or a function from a coordinate's index to its name.
         thresholds: the table of thresholds; the calibrated one if None.
 
@@ -174,6 +176,8 @@ def judge(
         found.append(_finding("drift", (), drift.stuck, table.stuck, text))
         found.append(_far_finding(drift, name, table.moment))
         found += _unjudged(drift, modes, name, table.correlation)
+    if decentered is not None:
+        found += _moment_findings("decentered", decentered, None, name, table.moment)
     num_draws = stein.num_draws + stein.num_nonfinite
     found.append(
         _finding(

@@ -66,6 +66,10 @@ class Target:
         args, kwargs: the model's arguments.
         paths: the paths to try, in order, before the loop.
 
+    Attributes:
+        model, layout, paths: as given.
+        num_evaluations: points evaluated so far.
+
     Raises:
         NonDeterministicModelError: two evaluations at one point differ.
         ModelError: a site's support depends on other latents, or the set of latents is not fixed.
@@ -94,7 +98,7 @@ class Target:
         paths: Sequence[str] = PATHS,
     ) -> None:
         self.model, self.layout = model, layout
-        self._try_paths = tuple(paths)
+        self.paths = tuple(paths)
         self.num_evaluations = 0
         self._bindings: OrderedDict[tuple, Binding] = OrderedDict()
         self._num_bindings_made = 0
@@ -173,7 +177,7 @@ class Target:
         """Point the target at other arguments, whose prototype trace is ``trace``, and check it there."""
         arguments = Arguments(args, kwargs)
         runs = ModelRuns(self.model, self.layout, arguments, trace)
-        paths = self._try_paths
+        paths = self.paths
         if self._num_bindings_made >= _MAX_CAPTURED_BINDINGS:
             paths = tuple(path for path in paths if not path.startswith("captured"))
         self._num_bindings_made += 1

@@ -264,8 +264,32 @@ def draw(kernel, *args, num_samples=200, warmup_steps=30, **kwargs):
 
 
 def test_the_posterior_in_raw_units_after_thirty_steps(raw_units):
-    """Means and covariance within five standard errors, from about seven gradients a draw."""
+    """From about seven gradients a draw."""
     mcmc = draw(nuts_from(raw_units))
+    assert effective_sample_size(check_draws(mcmc)).min() > 100
+    (evaluations,) = mcmc.diagnostics()["evaluations"].values()
+    assert evaluations < 230 * 12
+
+
+@pytest.mark.parametrize(
+    "options", [{"full_mass": False}, {"full_mass": [("a",)]}, {"full_mass": [("z",), ("a",)]}, {"full_mass": [("z",)]}]
+)
+def test_the_posterior_with_other_mass_matrices(raw_units, options):
+    check_draws(draw(nuts_from(raw_units, **options)))
+
+
+def test_the_posterior_with_a_mass_matrix_that_goes_on_adapting(raw_units):
+    kernel = nuts_from(raw_units, adapt_mass_matrix=True)
+    before = kernel.mass_matrix_adapter
+    check_draws(draw(kernel, warmup_steps=150))
+    assert kernel.mass_matrix_adapter is before
+    (found,) = kernel.inverse_mass_matrix.values()  # of a, z[0], z[1]; Pyro adds up to 1e-3 to what it adapts
+    ratios = found.diagonal()[[0, 2]] / COVARIANCE.diagonal()[[2, 1]]
+    assert 0.2 < ratios.min() < ratios.max() < 5.0
+
+
+def check_draws(mcmc):
+    """Means and covariance within five standard errors; returns the standardized draws, (chains, draws, 3)."""
     samples = mcmc.get_samples(group_by_chain=True)
     x = torch.cat([samples["z"], samples["a"].log()[..., None]], -1).double()
     white = torch.linalg.solve_triangular(
@@ -276,9 +300,7 @@ def test_the_posterior_in_raw_units_after_thirty_steps(raw_units):
         values = quantities.numpy()
         se = values.std((0, 1)) / np.sqrt(effective_sample_size(values))
         assert (abs(values.mean((0, 1))) < 5 * se).all()
-    assert effective_sample_size(white.numpy()).min() > 100
-    (evaluations,) = mcmc.diagnostics()["evaluations"].values()
-    assert evaluations < 230 * 12
+    return white.numpy()
 
 
 @pytest.mark.parametrize("full_mass", [True, False, [("a",)], [("z",)]])
