@@ -13,11 +13,14 @@ from pyro.infer.reparam import LocScaleReparam
 from pyro.nn import PyroModule, PyroSample
 from schools import EFFECT, STANDARD_ERROR, eight_schools
 
-from pyro_sivism import SIVISM, FixedGaussian, compare_with_nuts, decenter, nuts_from
+from pyro_sivism import SIVISM, FixedGaussian, Target, compare_with_nuts, decenter, nuts_from
+from pyro_sivism.assessment import _decentered_errors
+from pyro_sivism.diagnostics import judge, stein_statistics
 from pyro_sivism.errors import ArgumentError
 from pyro_sivism.inference_data import split_keywords
 from pyro_sivism.layout import LatentLayout
 from pyro_sivism.own_sites import OwnSites, own_sites_first
+from pyro_sivism.reparametrization import decentered_target
 
 SCHOOLS = [f"school {i}" for i in range(8)]
 
@@ -210,3 +213,69 @@ def test_a_site_without_one_value_leaves_its_auxiliary_latent():
 
     own, _ = own_sites(poutine.reparam(model, config={"theta": LocScaleReparam(0.0)}))
     assert [site.name for site in own.sites] == ["tau", "theta_decentered"]
+
+
+# --- what the verdict sees decentered -----------------------------------------------------------------
+
+
+def neck():
+    """A funnel that no data cut off."""
+    tau = pyro.sample("tau", dist.LogNormal(0.0, 1.0))
+    with pyro.plate("group", 8):
+        pyro.sample("theta", dist.Normal(0.0, tau))
+    pyro.sample("free", dist.Normal(0.0, 1.0))
+
+
+def target_of(model, *args):
+    trace = poutine.trace(model).get_trace(*args)
+    return Target(model, LatentLayout.from_trace(trace), trace, args)
+
+
+def neck_draws(count):
+    log_tau = torch.randn(count, 1)
+    return torch.cat([log_tau, torch.randn(count, 8) * log_tau.exp(), torch.randn(count, 1)], 1)
+
+
+def test_the_decentered_density_at_given_draws():
+    target = target_of(eight_schools, EFFECT, STANDARD_ERROR)
+    x = torch.cat([torch.randn(20, 2), 5.0 * torch.randn(20, 8)], 1)
+    names = target.layout.names
+    assert names == ("mu", "tau", "theta")
+    other, points = decentered_target(target, x)
+    values = other.layout.constrain(points)
+    theta = values["mu"][:, None] + values["tau"][:, None] * values["theta_decentered"]
+    torch.testing.assert_close(theta, x[:, 2:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(values["tau"].log(), x[:, 1])
+    # d theta = tau d theta_decentered, eight times
+    want = target.log_density(x) + 8.0 * x[:, 1]
+    torch.testing.assert_close(other.log_density(points), want, rtol=1e-4, atol=1e-3)
+
+
+def test_a_model_without_centered_sites_is_not_decentered():
+    def model():
+        pyro.sample("mu", dist.Normal(0.0, 1.0))
+
+    assert decentered_target(target_of(model), torch.randn(5, 1)) is None
+
+
+def test_a_neck_without_draws_is_found_decentered():
+    """By its scale, under the name that this has in both; where q is right nothing is."""
+    pyro.set_rng_seed(0)
+    target = target_of(neck)
+    x = neck_draws(4000)
+    right = _decentered_errors(target, x[:512])
+    assert max(right.sure_mean.abs().max(), right.sure_log2_sd.abs().max()) < 0.1
+    cut = x[x[:, 0] > -1.0]  # 16% of the mass is below
+    errors = _decentered_errors(target, cut[:512])
+    tau, free = target.layout["tau"].offset, target.layout["free"].offset
+    # By the moments of a cut normal they are -.33 and .29.
+    assert -0.33 - 3 * errors.log2_sd_se[tau] < errors.log2_sd[tau] < -0.33 + 3 * errors.log2_sd_se[tau]
+    assert 0.29 - 3 * errors.mean_se[tau] < errors.mean[tau] < 0.29 + 3 * errors.mean_se[tau]
+    assert errors.log2_sd_se[tau] < 0.1
+    assert errors.mean_se[tau] < 0.1
+    assert abs(errors.sure_log2_sd[free]) < 0.1
+    assert (errors.sure_log2_sd[target.layout["theta"].offset :][:8] == 0.0).all()  # not among those of both
+    verdict = judge(stein_statistics(x, target.score(x)), decentered=errors, labels=target.layout.coordinate_names)
+    assert verdict.level != "good"
+    assert verdict.worst.instrument == "decentered"
+    assert verdict.sentence.startswith("tau: ")
