@@ -60,8 +60,8 @@ def assess(
     gaussian: GaussianFit | None,
     chains: Chains | None = None,
 ) -> Verdict:
-    """Judge q from 2,048 to 8,192 draws with scores, the more the more dimensions, and 512 chains; 512 more in decentered
-    coordinates where the model is fitted centered.
+    """Judge q from 2,048 to 8,192 draws with scores, the more the more dimensions, and 512 chains; where the model is
+    fitted centered from as many in decentered coordinates, too.
 
     Where the model draws random minibatches the chains and the searches for modes and tails, which need exact
     densities, are left out, and the other instruments allow for the minibatches' noise.
