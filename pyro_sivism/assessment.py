@@ -26,7 +26,7 @@ from pyro_sivism.diagnostics import (
     tail_indices,
 )
 from pyro_sivism.diagnostics.moments import LARGE_ERROR, MomentErrors
-from pyro_sivism.errors import ArgumentError, NonFiniteError, SivismError
+from pyro_sivism.errors import ArgumentError, NonFiniteError
 from pyro_sivism.family import AffineMap, GaussianFit, SemiImplicit
 from pyro_sivism.layout import LatentLayout
 from pyro_sivism.objectives import Objective, SlicedDistance
@@ -42,6 +42,7 @@ _NUM_UNSCORED_DRAWS = 6144  # which cost nothing: what chains are compared with 
 _NUM_CHAINS = 512
 _NUM_LARGE_CHAINS = 96  # beyond D = 256, where each of their steps costs more: more than the fit otherwise
 _NUM_DECIDING_TRAJECTORIES = 32  # of chains that decide where scores disagree
+_NUM_DECENTERED_TRAJECTORIES = 8  # a neck is entered in as many, or not at all
 _EVIDENCE = {"max_trajectories": 4}
 _PROOF = {"min_trajectories": _NUM_DECIDING_TRAJECTORIES // 2, "large_error": 0.05}  # the verdict runs them on
 _RULED_OUT = (0.14, 0.04)  # an error of a moment, in sds or log2, and a distance: what the verdict asks for is less
@@ -121,8 +122,8 @@ def _decentered_errors(target: Target | AnchoredTarget, x: Tensor) -> MomentErro
         if found is None:
             return None
         other, points = found
-        errors = drift_statistics(Chains(other, points)).coordinates
-    except SivismError:  # the fit is judged without
+        errors = drift_statistics(Chains(other, points), max_trajectories=_NUM_DECENTERED_TRAJECTORIES).coordinates
+    except Exception:  # whatever a model may raise in coordinates that its author never saw: it is judged without
         return None
     return errors.at_places(*_shared_coordinates(target.layout, other.layout), target.dim)
 

@@ -58,6 +58,7 @@ __all__ = [
 
 _MIN_SLOPE = 1e-4  # of log scale by an unconstrained coordinate; rounding of tau / tau, float32, gives about 1e-7
 _LOOSE_VARIANCE = 0.5  # of a decentered value, whose prior has 1
+_NUM_LOOKED_AT = 64  # draws that tell which sites are loose
 _MAX_NAMES = 3
 
 
@@ -148,23 +149,27 @@ def loose_sites(
 
 
 def decentered_target(target: Target, x: Tensor) -> tuple[Target, Tensor] | None:
-    """The density of the same model with every site decentered that still is centered, and where draws ``x (S, D)`` of
-    its latents are there, without those at which the model fails; None if no site is centered, or it fails at all.
+    """The density of the same model with the sites decentered that are centered and about which the data say little,
+    and where draws ``x (S, D)`` of its latents are there, without those at which the model fails; None if there is no
+    such site. Where the data inform a site well they cut the funnel off.
 
     Raises:
         ModelError: the model cannot be fitted so.
     """
     args, kwargs = target.arguments
-    config = decentering(centered_sites(target.model, *args, **kwargs))
+    centered = centered_sites(target.model, *args, **kwargs)
+    if not centered:
+        return None
+    draws = target.layout.constrain(x)
+    few = {name: values[:_NUM_LOOKED_AT] for name, values in draws.items()}
+    config = decentering(loose_sites(target.model, centered, few, args, kwargs))
     if not config:
         return None
     with _leaving_no_trace():
         prototype = Prototype.of(target.model, init_to_median, config)
         trace = prototype.trace(*args, **kwargs)
     layout = LatentLayout.from_trace(trace)
-    runs = _decentered_values(target.model, config, layout.names, target.layout.constrain(x), args, kwargs)
-    if not runs:
-        return None
+    runs = _decentered_values(target.model, config, layout.names, draws, args, kwargs)
     points = layout.pack({name: torch.stack([values[name] for values in runs]) for name in layout.names})
     return Target(prototype.model, layout, trace, args, kwargs, paths=target.paths), points
 

@@ -258,6 +258,22 @@ def test_a_model_without_centered_sites_is_not_decentered():
     assert decentered_target(target_of(model), torch.randn(5, 1)) is None
 
 
+def test_sites_that_the_data_inform_are_not_decentered():
+    """Errors of .1 for effects of 1: the decentered values have posterior sds of .1."""
+
+    def model(y):
+        tau = pyro.sample("tau", dist.LogNormal(0.0, 0.1))
+        with pyro.plate("group", 8):
+            theta = pyro.sample("theta", dist.Normal(0.0, tau))
+            pyro.sample("y", dist.Normal(theta, 0.1), obs=y)
+
+    y = torch.randn(8)
+    x = torch.cat([0.1 * torch.randn(64, 1), y + 0.1 * torch.randn(64, 8)], 1)
+    assert decentered_target(target_of(model, y), x) is None
+    loose = torch.cat([0.1 * torch.randn(64, 1), torch.randn(64, 8)], 1)
+    assert decentered_target(target_of(model, y), loose) is not None
+
+
 def test_a_neck_without_draws_is_found_decentered():
     """By its scale, under the name that this has in both; where q is right nothing is."""
     pyro.set_rng_seed(0)
