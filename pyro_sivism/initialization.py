@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pyro_sivism.distributed import Ranks
-from pyro_sivism.errors import FitWarning, SivismError, TargetPathWarning
+from pyro_sivism.errors import FitWarning, TargetPathWarning
 from pyro_sivism.family import GaussianFit, Preconditioner
 from pyro_sivism.guide import SemiImplicitGuide
 from pyro_sivism.layout import LatentLayout
@@ -107,7 +107,7 @@ class Initialization:
         other = SemiImplicitGuide(model, init_loc_fn=guide.init_loc_fn)
         try:
             other_target, other_fit = self._decentered(model, other, target, fit)
-        except SivismError:  # the model can be fitted as it is
+        except Exception:  # whatever it may raise in coordinates that its author never saw: it can be fitted as it is
             return target, fit
         if other_fit is None:
             return target, fit

@@ -3,9 +3,9 @@
 What NUTS spends its warm-up on is finding the posterior and learning its scales. A fit q knows both, and what it has
 wrong short Hamiltonian chains from its draws mend, 512 of them at once for little more than the price of one: where
 they arrive NUTS starts, and their covariance on the unconstrained space is its inverse mass matrix, so that only the
-step size is left to adapt, in about a hundred iterations. The chain's law is the model's whatever q is; a poor q costs
-time, not truth, except that a chain started in one of two separate modes seldom finds the other, from q's draws as from
-any start.
+step size is left to adapt, in about a hundred iterations. Beyond 256 dimensions, and where draws are scored one by one,
+it is q's own draws. The chain's law is the model's whatever q is; a poor q costs time, not truth, except that a chain
+started in one of two separate modes seldom finds the other, from q's draws as from any start.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ __all__ = ["FittedNUTS", "nuts_from", "require_fit"]
 
 _MAX_DENSE_DIM = 256
 _NUM_DRAWS = 6144
+_DRAWS_PER_DIM = 100  # eigenvalues of a covariance from so many are right to about 2 / sqrt(100) = 20%
 # Of each of 512 chains. The second half counts: 8,192 points, by which standardized variances in 90 dimensions are
 # right to 20% in every direction. From a Gaussian alone, whose scale of 85 groups had too small an sd, NUTS had an ESS
 # of 15 to 31 of 500 there; from the chains 220 to 240, and from a complete fit 115 to 195.
@@ -42,7 +43,7 @@ def nuts_from(sivism: SIVISM, *args: Any, full_mass: bool | list | None = None, 
     """A ``pyro.infer.NUTS`` kernel that starts at the draws of a fit, with their covariance as inverse mass matrix.
 
     The draws are first taken on by 32 trajectories of Hamiltonian Monte Carlo, 512 at once, which mends what a rough
-    fit has wrong. So where only NUTS's draws are wanted ``sivism.setup(*args)`` alone serves, often: the Gaussian that
+    fit has wrong; not beyond 256 dimensions, nor where scores are computed one by one. So where only NUTS's draws are wanted ``sivism.setup(*args)`` alone serves, often: the Gaussian that
     a fit begins with.
 
     Each chain starts at its own draw. Only the step size is adapted, so that a warm-up of about 100 steps does. The
@@ -99,7 +100,8 @@ def nuts_from(sivism: SIVISM, *args: Any, full_mass: bool | list | None = None, 
     guide = sivism.guide
     if full_mass is None:
         full_mass = guide.layout.dim <= _MAX_DENSE_DIM
-    draws = _taken_on(sivism.target, sivism.sample_unconstrained(_NUM_DRAWS))
+    num_draws = max(_NUM_DRAWS, _DRAWS_PER_DIM * guide.layout.dim) if full_mass else _NUM_DRAWS
+    draws = _taken_on(sivism.target, sivism.sample_unconstrained(num_draws))
     if guide.reparams:  # the chain is to draw the model's own sites
         fitted, guide = guide, SemiImplicitGuide(sivism.own_model, init_loc_fn=guide.init_loc_fn)
         guide.setup(*args, **kwargs)
@@ -110,8 +112,8 @@ def nuts_from(sivism: SIVISM, *args: Any, full_mass: bool | list | None = None, 
 
 @torch.no_grad()
 def _taken_on(target: Target, draws: Tensor) -> Tensor:
-    """Where Hamiltonian chains take the draws; the draws themselves where no chain can be run."""
-    if target.is_subsampled:  # which the kernel refuses
+    """Where Hamiltonian chains take the draws; the draws themselves where no chain can be run, or none that is cheap."""
+    if target.is_subsampled or target.dim > _MAX_DENSE_DIM or target.path.name == "loop":
         return draws
     try:
         chains = chains_from(target, draws).run(_NUM_TRAJECTORIES)

@@ -58,7 +58,7 @@ __all__ = [
 
 _MIN_SLOPE = 1e-4  # of log scale by an unconstrained coordinate; rounding of tau / tau, float32, gives about 1e-7
 _LOOSE_VARIANCE = 0.5  # of a decentered value, whose prior has 1
-_NUM_LOOKED_AT = 64  # draws that tell which sites are loose
+_MAX_DIM_OF_ALL, _NUM_LOOKED_AT = 64, 64  # beyond the one, the other of draws tell which sites are loose
 _MAX_NAMES = 3
 
 
@@ -149,9 +149,9 @@ def loose_sites(
 
 
 def decentered_target(target: Target, x: Tensor) -> tuple[Target, Tensor] | None:
-    """The density of the same model with the sites decentered that are centered and about which the data say little,
-    and where draws ``x (S, D)`` of its latents are there, without those at which the model fails; None if there is no
-    such site. Where the data inform a site well they cut the funnel off.
+    """The density of the same model with its centered sites decentered, and where draws ``x (S, D)`` of its latents are
+    there, without those at which the model fails; None if there is no such site. In more than 64 dimensions, where it
+    is dear, only sites about which the data say little where the draws are.
 
     Raises:
         ModelError: the model cannot be fitted so.
@@ -161,8 +161,10 @@ def decentered_target(target: Target, x: Tensor) -> tuple[Target, Tensor] | None
     if not centered:
         return None
     draws = target.layout.constrain(x)
-    few = {name: values[:_NUM_LOOKED_AT] for name, values in draws.items()}
-    config = decentering(loose_sites(target.model, centered, few, args, kwargs))
+    if target.dim > _MAX_DIM_OF_ALL:
+        few = {name: values[:_NUM_LOOKED_AT] for name, values in draws.items()}
+        centered = loose_sites(target.model, centered, few, args, kwargs)
+    config = decentering(centered)
     if not config:
         return None
     with _leaving_no_trace():

@@ -64,7 +64,7 @@ class Replays:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without graphs, which cannot be pickled: a process that is spawned records them anew."""
-        return {**self.__dict__, "_captures": {}}
+        return {**self.__dict__, "_captures": {}, "_num_recordings": 0}
 
     def evaluate(self, path: str, what: str, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Log densities and scores, as :meth:`CapturedDensity.evaluate`, by the graphs for the arguments at hand.

@@ -66,13 +66,14 @@ class TracedReplays:
 
     def _trace(self, x: Tensor, inputs: tuple[Tensor, ...]) -> Any:
         """A trace that gives exactly what the graph gives at these points; None if it cannot be had."""
+        want = self._graph(x, *inputs)  # which may raise where no trace is to blame
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that TorchScript is deprecated, and that numbers become constants
                 trace = torch.jit.trace(_OfSize(self._graph, len(x)), (x, *inputs), check_trace=False)
                 for _ in range(_NUM_PROFILED):
                     trace(x, *inputs)
-            same = _same(trace(x, *inputs)[0], self._graph(x, *inputs))
+            same = _same(trace(x, *inputs)[0], want)
         except Exception:  # whatever a tracer may raise that is no longer kept up
             return None
         return trace if same else None

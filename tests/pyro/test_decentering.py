@@ -258,20 +258,62 @@ def test_a_model_without_centered_sites_is_not_decentered():
     assert decentered_target(target_of(model), torch.randn(5, 1)) is None
 
 
-def test_sites_that_the_data_inform_are_not_decentered():
+def informed(y):
     """Errors of .1 for effects of 1: the decentered values have posterior sds of .1."""
+    tau = pyro.sample("tau", dist.LogNormal(0.0, 0.1))
+    with pyro.plate("group", len(y)):
+        theta = pyro.sample("theta", dist.Normal(0.0, tau))
+        pyro.sample("y", dist.Normal(theta, 0.1), obs=y)
+
+
+@pytest.mark.parametrize(("num_groups", "spread", "is_decentered"), [(8, 0.1, True), (80, 0.1, False), (80, 1.0, True)])
+def test_many_sites_are_decentered_only_where_the_data_say_little(num_groups, spread, is_decentered):
+    y = torch.randn(num_groups)
+    x = torch.cat([0.1 * torch.randn(64, 1), y + spread * torch.randn(64, num_groups)], 1)
+    assert (decentered_target(target_of(informed, y), x) is not None) == is_decentered
+
+
+def test_the_decentered_density_is_computed_as_the_other_is():
+    trace = poutine.trace(neck).get_trace()
+    target = Target(neck, LatentLayout.from_trace(trace), trace, paths=("vmap",))
+    other, _ = decentered_target(target, neck_draws(5))
+    assert other.path.name == "vmap"
+
+
+def test_a_model_that_cannot_be_decentered_is_fitted_and_judged_without():
+    """Its own latent has the name that decentering makes."""
 
     def model(y):
-        tau = pyro.sample("tau", dist.LogNormal(0.0, 0.1))
-        with pyro.plate("group", 8):
+        tau = pyro.sample("tau", dist.HalfNormal(1.0))
+        pyro.sample("theta_decentered", dist.Normal(0.0, 1.0))
+        with pyro.plate("group", len(y)):
             theta = pyro.sample("theta", dist.Normal(0.0, tau))
-            pyro.sample("y", dist.Normal(theta, 0.1), obs=y)
+            pyro.sample("y", dist.Normal(theta, 10.0), obs=y)
 
-    y = torch.randn(8)
-    x = torch.cat([0.1 * torch.randn(64, 1), y + 0.1 * torch.randn(64, 8)], 1)
-    assert decentered_target(target_of(model, y), x) is None
-    loose = torch.cat([0.1 * torch.randn(64, 1), torch.randn(64, 8)], 1)
-    assert decentered_target(target_of(model, y), loose) is not None
+    sivism = SIVISM(model).setup(torch.randn(8))
+    assert sivism.guide.reparams == {}
+    assert _decentered_errors(sivism.target, sivism.sample_unconstrained(100)) is None
+
+
+@pytest.mark.filterwarnings("ignore:the fit is:pyro_sivism.errors.FitWarning")
+def test_a_fits_verdict_says_what_was_found_decentered(monkeypatch):
+    seen = []
+
+    def found(target, x):
+        seen.append(x)
+        errors = stein_statistics(x, -(x - 2.0)).coordinates  # two sds off
+        return errors.at_places([0], [0], target.dim)
+
+    def model():
+        pyro.sample("mu", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+
+    monkeypatch.setattr("pyro_sivism.assessment._decentered_errors", found)
+    sivism = SIVISM(model, preconditioner=FixedGaussian(torch.zeros(2), torch.ones(2)))
+    verdict = sivism.run(None, progress_bar=False).verdict
+    assert verdict.level == "bad"
+    assert verdict.worst.instrument == "decentered"
+    assert verdict.worst.sites == ("mu[0]",)
+    assert [tuple(x.shape) for x in seen] == [(512, 2)]
 
 
 def test_a_neck_without_draws_is_found_decentered():

@@ -929,3 +929,10 @@ def test_a_divergence_that_few_draws_make_up_counts(total, se, level):
     x = torch.randn(4096, 2, dtype=torch.double, generator=torch.Generator().manual_seed(0))
     fisher = FisherStatistics(total, se, 0.1, 0.05, torch.tensor([0.1, 0.0], dtype=torch.double))
     assert judge(stein_statistics(x, -x), fisher=fisher).level == level
+
+
+def test_errors_in_some_directions_stand_at_their_places_among_others():
+    errors = MomentErrors(*(10.0 * (k + 1) + torch.arange(3.0) for k in range(6)))
+    placed = errors.at_places([4, 0], [2, 1], 5)
+    assert placed.mean.tolist() == [11.0, 0.0, 0.0, 0.0, 12.0]
+    assert placed.sure_log2_sd.tolist() == [61.0, 0.0, 0.0, 0.0, 62.0]

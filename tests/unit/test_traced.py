@@ -119,6 +119,17 @@ def test_an_operation_that_only_raises_is_not_lost(function, error, message, num
     assert num_traces == [1]
 
 
+def test_a_bad_point_at_the_time_of_the_trace_does_not_end_tracing(num_traces):
+    replays = TracedReplays(graph_of(log_det))
+    x = points(4)
+    replayed(replays, x, times=traced._TRACED_AT_REPLAY - 1)
+    with pytest.raises(torch.linalg.LinAlgError, match="positive-definite"), torch.no_grad():
+        replays(x - 4.0)
+    assert num_traces == [0]
+    assert torch.equal(replayed(replays, x, times=1), log_det(x))
+    assert num_traces == [1]
+
+
 def test_nan_is_no_difference(num_traces):
     replays = TracedReplays(graph_of(summed, W))
     x = points(4)
