@@ -43,8 +43,8 @@ def nuts_from(sivism: SIVISM, *args: Any, full_mass: bool | list | None = None, 
     """A ``pyro.infer.NUTS`` kernel that starts at the draws of a fit, with their covariance as inverse mass matrix.
 
     The draws are first taken on by 32 trajectories of Hamiltonian Monte Carlo, 512 at once, which mends what a rough
-    fit has wrong; not beyond 256 dimensions, nor where scores are computed one by one. So where only NUTS's draws are wanted ``sivism.setup(*args)`` alone serves, often: the Gaussian that
-    a fit begins with.
+    fit has wrong; not beyond 256 dimensions, nor where scores are computed one by one. So where only NUTS's draws are
+    wanted ``sivism.setup(*args)`` alone serves, often: the Gaussian that a fit begins with.
 
     Each chain starts at its own draw. Only the step size is adapted, so that a warm-up of about 100 steps does. The
     potential is the fit's own target, :class:`Target`, which replays the model's graph where it can: the kernel takes
@@ -112,7 +112,7 @@ def nuts_from(sivism: SIVISM, *args: Any, full_mass: bool | list | None = None, 
 
 @torch.no_grad()
 def _taken_on(target: Target, draws: Tensor) -> Tensor:
-    """Where Hamiltonian chains take the draws; the draws themselves where no chain can be run, or none that is cheap."""
+    """Where Hamiltonian chains take the draws; the draws themselves where none can be run, or none that is cheap."""
     if target.is_subsampled or target.dim > _MAX_DENSE_DIM or target.path.name == "loop":
         return draws
     try:
