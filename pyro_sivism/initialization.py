@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pyro_sivism.distributed import Ranks
-from pyro_sivism.errors import FitWarning, TargetPathWarning
+from pyro_sivism.errors import FitWarning, SivismError, TargetPathWarning
 from pyro_sivism.family import GaussianFit, Preconditioner
 from pyro_sivism.guide import SemiImplicitGuide
 from pyro_sivism.layout import LatentLayout
@@ -106,10 +106,15 @@ class Initialization:
         """The target and its Gaussian, decentered if the ELBO is higher there, and the guide set to it."""
         other = SemiImplicitGuide(model, init_loc_fn=guide.init_loc_fn)
         try:
-            other_target, other_fit = self._decentered(model, other, target, fit)
+            decentered = self._decentered(model, other, target, fit)
         except Exception:  # whatever it may raise in coordinates that its author never saw: it can be fitted as it is
             return target, fit
-        if other_fit is None:
+        if decentered is None:
+            return target, fit
+        other_target, init = decentered
+        try:
+            other_fit = self._fit_gaussian(other, other_target, init)
+        except SivismError:  # as above
             return target, fit
         num_evaluations = target.num_evaluations + other_target.num_evaluations
         gain = torch.tensor(other_fit.elbo - fit.elbo)
@@ -125,8 +130,8 @@ class Initialization:
 
     def _decentered(
         self, model: Callable, guide: SemiImplicitGuide, target: Target, fit: GaussianFit
-    ) -> tuple[Target, GaussianFit | None]:
-        """The target decentered, and its Gaussian; None for the Gaussian where no site is to be.
+    ) -> tuple[Target, Tensor] | None:
+        """The target decentered, and its initial point; None where no site is to be.
 
         These are the sites about which the data say little by the Gaussian's draws; all where they say so of none and
         the Gaussian is a poor one, as where it sits in a funnel's neck.
@@ -134,16 +139,15 @@ class Initialization:
         args, kwargs = target.arguments
         centered = centered_sites(model, *args, **kwargs)
         if not centered:
-            return target, None
+            return None
         noise = torch.randn(_NUM_GAUSSIAN_DRAWS, target.dim).to(fit.affine.loc)
         draws = target.layout.constrain(fit.affine.forward(noise).to(target.layout.dtype))
         sites = loose_sites(model, centered, draws, args, kwargs)
         if not sites and fit.discrepancy <= _POORLY_GAUSSIAN:
-            return target, None
+            return None
         sites = sites or centered
         guide.reparametrize(decentering(sites))
-        other, init = self._make_target(model, guide, args, kwargs)
-        return other, self._fit_gaussian(guide, other, init)
+        return self._make_target(model, guide, args, kwargs)
 
 
 def warn_of_loop(target: Target) -> None:
