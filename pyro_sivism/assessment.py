@@ -42,6 +42,7 @@ _NUM_UNSCORED_DRAWS = 6144  # which cost nothing: what chains are compared with 
 _NUM_CHAINS = 512
 _NUM_LARGE_CHAINS = 96  # beyond D = 256, where each of their steps costs more: more than the fit otherwise
 _NUM_DECIDING_TRAJECTORIES = 32  # of chains that decide where scores disagree
+_NUM_DECENTERED_CHAINS = 1024  # of which the sd of a scale is known to .04 (log2)
 _NUM_DECENTERED_TRAJECTORIES = 8  # a neck is entered in as many, or not at all
 _EVIDENCE = {"max_trajectories": 4}
 _PROOF = {"min_trajectories": _NUM_DECIDING_TRAJECTORIES // 2, "large_error": 0.05}  # the verdict runs them on
@@ -62,7 +63,7 @@ def assess(
     chains: Chains | None = None,
 ) -> Verdict:
     """Judge q from 2,048 to 8,192 draws with scores, the more the more dimensions, and 512 chains; where latents are
-    fitted centered from 512 chains in decentered coordinates, too.
+    fitted centered from 1,024 chains in decentered coordinates, too.
 
     Where the model draws random minibatches the chains and the searches for modes and tails, which need exact
     densities, are left out, and the other instruments allow for the minibatches' noise.
@@ -92,7 +93,7 @@ def assess(
         stein_statistics(x, score, num_blocks=num_blocks),
         fisher=fisher,
         drift=_drift(chains_from(target, draws) if chains is None else chains, is_alarming(fisher)) if exact else None,
-        decentered=_decentered_errors(target, x[:_NUM_CHAINS]),
+        decentered=_decentered_errors(target, x[:_NUM_DECENTERED_CHAINS]),
         modes=find_modes(target, draws, extra_starts=ends) if seeks_modes else None,
         tails=tail_indices(target, draws) if seeks_modes else None,
         labels=target.layout.coordinate_names,
@@ -114,7 +115,7 @@ def _decentered_errors(target: Target | AnchoredTarget, x: Tensor) -> MomentErro
     scale, and 0 in the others; None where no site is centered, or the chains cannot be run.
 
     In a funnel's neck chains need steps that are too short for them ever to come there. Decentered it is none. Each of
-    the 512 draws costs a run of the model, so that models that are scored one point after the other are left out.
+    the draws costs a run of the model, so that models that are scored one point after the other are left out.
     """
     if not isinstance(target, Target) or not can_follow_chains(target) or target.params() or target.path.name == "loop":
         return None
