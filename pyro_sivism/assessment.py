@@ -127,6 +127,7 @@ def _decentered_errors(target: Target | AnchoredTarget, x: Tensor) -> MomentErro
         errors = drift_statistics(Chains(other, points), max_trajectories=_NUM_DECENTERED_TRAJECTORIES).coordinates
     except Exception:  # whatever a model may raise in coordinates that its author never saw: it is judged without
         return None
+    target.num_evaluations += other.num_evaluations  # they are part of what the fit costs
     return errors.at_places(*_shared_coordinates(target.layout, other.layout), target.dim)
 
 

@@ -322,6 +322,7 @@ def test_a_neck_without_draws_is_found_decentered():
     target = target_of(neck)
     x = neck_draws(4000)
     right = _decentered_errors(target, x[:1024])
+    assert target.num_evaluations >= 8 * 1024  # of eight trajectories' steps
     assert max(right.sure_mean.abs().max(), right.sure_log2_sd.abs().max()) < 0.1
     cut = x[x[:, 0] > -1.0]  # 16% of the mass is below
     errors = _decentered_errors(target, cut[:1024])
