@@ -33,7 +33,7 @@ __all__ = ["default_folder", "load_reference", "make_reference", "split_r_hat"]
 NUM_CHAINS, WARMUP_STEPS, TARGET_ACCEPT = 4, 300, 0.9
 NUM_EXACT, NUM_KEPT = 50_000, 2000
 MAX_R_HAT, MIN_ESS = 1.01, 1000.0
-LENGTHS = (600, 4000)  # of a chain; the second where the first does not do
+LENGTHS = (600, 1500, 4000)  # of a chain; the next where one does not do
 
 
 def default_folder() -> Path:

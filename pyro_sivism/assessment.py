@@ -26,7 +26,7 @@ from pyro_sivism.diagnostics import (
     tail_indices,
 )
 from pyro_sivism.diagnostics.moments import LARGE_ERROR, MomentErrors
-from pyro_sivism.errors import ArgumentError, NonFiniteError
+from pyro_sivism.errors import ArgumentError, NonFiniteError, SivismError
 from pyro_sivism.family import AffineMap, GaussianFit, SemiImplicit
 from pyro_sivism.layout import LatentLayout
 from pyro_sivism.objectives import Objective, SlicedDistance
@@ -121,11 +121,14 @@ def _decentered_errors(target: Target | AnchoredTarget, x: Tensor) -> MomentErro
         return None
     try:
         found = decentered_target(target, x)
-        if found is None:
-            return None
-        other, points = found
-        errors = drift_statistics(Chains(other, points), max_trajectories=_NUM_DECENTERED_TRAJECTORIES).coordinates
     except Exception:  # whatever a model may raise in coordinates that its author never saw: it is judged without
+        return None
+    if found is None:
+        return None
+    other, points = found
+    try:
+        errors = drift_statistics(Chains(other, points), max_trajectories=_NUM_DECENTERED_TRAJECTORIES).coordinates
+    except SivismError:  # too few points where the density is finite, or no spread in them
         return None
     target.num_evaluations += other.num_evaluations  # they are part of what the fit costs
     return errors.at_places(*_shared_coordinates(target.layout, other.layout), target.dim)

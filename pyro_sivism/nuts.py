@@ -44,7 +44,8 @@ def nuts_from(sivism: SIVISM, *args: Any, full_mass: bool | list | None = None, 
 
     The draws are first taken on by 32 trajectories of Hamiltonian Monte Carlo, 512 at once, which mends what a rough
     fit has wrong; not beyond 256 dimensions, nor where scores are computed one by one. So where only NUTS's draws are
-    wanted ``sivism.setup(*args)`` alone serves, often: the Gaussian that a fit begins with.
+    wanted ``sivism.setup(*args)`` alone serves, often: the Gaussian that a fit begins with. What they evaluate counts
+    in ``sivism.target.num_evaluations``, with the fit's.
 
     Each chain starts at its own draw. Only the step size is adapted, so that a warm-up of about 100 steps does. The
     potential is the fit's own target, :class:`Target`, which replays the model's graph where it can: the kernel takes

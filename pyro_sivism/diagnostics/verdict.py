@@ -93,6 +93,7 @@ class Verdict:
         sentence: what is worst and where, in words.
         findings: everything at or above "suspect", worst first.
         stein, fisher, drift, modes, tails: the statistics behind it, None where an instrument was not used.
+        decentered: the errors that chains found in decentered coordinates, None where no latent is centered.
     """
 
     level: str
@@ -103,6 +104,7 @@ class Verdict:
     drift: DriftStatistics | None = None
     modes: ModeSearch | None = None
     tails: TailIndices | None = None
+    decentered: MomentErrors | None = None
 
     def __str__(self) -> str:
         return f"{self.level}: {self.sentence}"
@@ -114,9 +116,9 @@ class Verdict:
     def as_dict(self) -> dict[str, float | str]:
         """The verdict as plain values, for the attributes of a file."""
         values: dict[str, float | str] = {"verdict": self.level, "verdict_sentence": self.sentence}
-        for name, statistics in (("stein", self.stein), ("drift", self.drift)):
-            if statistics is not None:
-                errors = statistics.coordinates
+        drift = None if self.drift is None else self.drift.coordinates
+        for name, errors in (("stein", self.stein.coordinates), ("drift", drift), ("decentered", self.decentered)):
+            if errors is not None:
                 values[f"{name}_mean_max"] = errors.mean.abs().max().item()
                 values[f"{name}_log2_sd_max"] = errors.log2_sd.abs().max().item()
         if self.drift is not None:
@@ -201,7 +203,7 @@ def judge(
     alarms = tuple(finding for finding in found if finding.level != "good")
     level = alarms[0].level if alarms else "good"
     sentence = alarms[0].text if alarms else _all_clear(stein_errors, modes)
-    return Verdict(level, sentence, alarms, stein, fisher, drift, modes, tails)
+    return Verdict(level, sentence, alarms, stein, fisher, drift, modes, tails, decentered)
 
 
 def is_alarming(fisher: FisherStatistics) -> bool:

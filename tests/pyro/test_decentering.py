@@ -314,6 +314,20 @@ def test_a_fits_verdict_says_what_was_found_decentered(monkeypatch):
     assert verdict.worst.instrument == "decentered"
     assert verdict.worst.sites == ("mu[0]",)
     assert [tuple(x.shape) for x in seen] == [(1024, 2)]
+    assert verdict.as_dict()["decentered_mean_max"] == pytest.approx(2.0, abs=0.1)
+
+
+def test_decentered_chains_that_cannot_run_are_none_and_their_statistics_hide_no_error(monkeypatch):
+    target = target_of(neck)
+    x = neck_draws(200)
+    assert _decentered_errors(target, x[:1].expand(200, -1)) is None  # no spread
+
+    def broken(*_, **__):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("pyro_sivism.assessment.drift_statistics", broken)
+    with pytest.raises(ZeroDivisionError):
+        _decentered_errors(target, x)
 
 
 def test_a_neck_without_draws_is_found_decentered():
