@@ -145,6 +145,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axis.axhline(1.0, color="gray", linewidth=0.8)
         axis.set(xscale="log", yscale="log", title=name, xlabel="seconds", ylabel="sw1 / floor")
         axis.title.set_fontsize(9)
+        axis.tick_params(labelbottom=True)  # where the panel below is none
         for each in (axis.xaxis, axis.yaxis):
             each.set_major_locator(LogLocator(subs=(1.0, 3.0)))
             each.set_major_formatter(FormatStrFormatter("%g"))
