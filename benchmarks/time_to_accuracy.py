@@ -135,13 +135,13 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         num_rows, columns, figsize=(3.4 * columns, 2.6 * num_rows), squeeze=False, sharex=True, sharey=True
     )
     for axis, name in zip(axes.flat, names):
-        for method in dict.fromkeys(row["method"] for row in rows):
+        for i, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
             budgets = dict.fromkeys(row["budget"] for row in rows if row["method"] == method)
             points = [_medians(rows, name, method, budget) for budget in budgets]
             shown = [(p["seconds"], p["ratio"]) for p in points if p is not None and math.isfinite(p["ratio"])]
             if shown:
                 style = "-o" if method in ("SIVISM", "NUTS") else ":o"
-                axis.plot(*zip(*sorted(shown)), style, markersize=4, label=method)
+                axis.plot(*zip(*sorted(shown)), style, color=f"C{i}", markersize=4, label=method)
         axis.axhline(1.0, color="gray", linewidth=0.8)
         axis.set(xscale="log", yscale="log", title=name, xlabel="seconds", ylabel="sw1 / floor")
         axis.title.set_fontsize(9)
