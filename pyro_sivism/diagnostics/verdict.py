@@ -93,7 +93,7 @@ class Verdict:
         sentence: what is worst and where, in words.
         findings: everything at or above "suspect", worst first.
         stein, fisher, drift, modes, tails: the statistics behind it, None where an instrument was not used.
-        decentered: the errors that chains found in decentered coordinates, None where no latent is centered.
+        decentered: the errors that chains found in decentered coordinates, None where none were run.
     """
 
     level: str
