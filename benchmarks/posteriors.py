@@ -3,25 +3,26 @@
     python benchmarks/posteriors.py --make-references            # once: long chains, kept in the user's cache folder
     python benchmarks/posteriors.py [--names house_prices ...] [--methods default NUTS ...] [--seeds 5]
     python benchmarks/posteriors.py --posteriors DIR             # and a collection of others
+    python benchmarks/posteriors.py --seeds 0 --add a.json b.json    # no fits: the tables again, of all these runs
 
 The project's own posteriors are in ``posterior_zoo``; some have exact draws and need no reference made. ``DIR`` holds
 others as a module ``models.py`` with ``POSTERIORS`` and ``load(name) -> (model, data, reference draws by site)``, and
 perhaps ``metrics.py`` with ``load_stats(name)``, the sites' means and sds where they are known better.
 
 Every (posterior, method, seed) is one row, failures too; rows are written as JSON, with versions and the commit, and
-printed as a table. Errors are those of ``accuracy.py``. Seconds are of wall-clock, from the model to the fit or the
-last draw, the verdict included; evaluations are of the log density with its gradient at one point.
+printed as a table for each method, those of the fewest latents first. Errors are those of ``accuracy.py``. Seconds are
+of wall-clock, from the model to the fit or the last draw, the verdict included; evaluations are of the log density with
+its gradient at one point.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import statistics
-import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,16 +30,17 @@ from types import ModuleType
 from typing import Any
 
 import pyro
+import record
 import torch
 from accuracy import Reference, errors
 from posterior_zoo import POSTERIORS
 from pyro.infer import MCMC, SVI, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoGuide, AutoIAFNormal, AutoMultivariateNormal, AutoNormal
-from record import versions
 from references import default_folder, load_reference, make_reference
 
-from pyro_sivism import SIVISM, FisherDivergence, PathGradientKL
+from pyro_sivism import SIVISM, FisherDivergence, PathGradientKL, SemiImplicitGuide
 from pyro_sivism.compare import _CountingNUTS
+from pyro_sivism.layout import LatentLayout
 
 NUM_DRAWS = 10_000
 NUM_SVI_STEPS = 3000
@@ -181,6 +183,7 @@ def run_one(case: Case, method: str, seed: int) -> dict[str, Any]:
     row: dict[str, Any] = {"posterior": case.name, "method": method, "seed": seed}
     started = time.perf_counter()
     try:
+        row["dim"] = LatentLayout.from_trace(SemiImplicitGuide(case.model).trace_model(*case.args)).dim
         reference = case.reference()
         pyro.clear_param_store()
         pyro.set_rng_seed(seed)
@@ -197,31 +200,45 @@ def run_one(case: Case, method: str, seed: int) -> dict[str, Any]:
     return row
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
-    """Medians over the seeds, the worst in brackets; the verdicts' levels, one letter a seed."""
-    print(
-        f"\n{'posterior':28s} {'method':22s} {'seeds':>5s} {'sw1/floor':>14s} {'mean_max':>14s} {'sd_max':>14s}"
-        f" {'worst sd':>20s} {'seconds':>8s} {'steps':>6s} {'scores':>9s}  verdict"
+def progress(row: dict[str, Any]) -> str:
+    """One line, while other fits are still to come."""
+    what = f"failed: {row['error'][:120]}" if "error" in row else ""
+    if not what:
+        ratio, worst = row["sw1"] / row["sw1_floor"], f"{row['sd_max']:.2f} ({row['sd_worst']})"
+        what = f"error {ratio:.2f}, mean {row['mean_max']:.2f}, sd {worst}  {row.get('verdict', '')}"
+    return f"{row['posterior']:28s} {row['method']:22s} seed {row['seed']} {row['seconds']:7.1f} s  {what}"
+
+
+def print_tables(rows: list[dict[str, Any]]) -> None:
+    """One for each method: medians over the seeds, the worst in brackets. Then what failed."""
+    header = ("posterior", "D", "seeds", "error", "mean", "sd", "verdicts", "steps", "scores", "seconds")
+    dims = {row["posterior"]: row["dim"] for row in rows if "dim" in row}
+    names = sorted({row["posterior"] for row in rows}, key=lambda name: (dims.get(name, 0), name))
+    for method in dict.fromkeys(row["method"] for row in rows):
+        groups = [[row for row in rows if (row["posterior"], row["method"]) == (name, method)] for name in names]
+        print(f"\n{method}:\n")
+        record.print_table(header, [_line(group, dims) for group in groups if group])
+    print()
+    for row in rows:
+        if "error" in row:
+            print(progress(row))
+
+
+def _line(group: list[dict[str, Any]], dims: dict[str, int]) -> tuple[str, ...]:
+    """What the seeds of one posterior and method came to."""
+    name, done = group[0]["posterior"], [row for row in group if "error" not in row]
+    seeds = f"{len(done)}" if len(done) == len(group) else f"{len(done)} of {len(group)}"
+    label = f"`{name}`", f"{dims.get(name, '')}", seeds
+    if not done:
+        return (*label, *7 * ("",))
+    levels = Counter(row["verdict"] for row in done if "verdict" in row)
+    return (
+        *label,
+        _median_and_worst([row["sw1"] / row["sw1_floor"] for row in done]),
+        *(_median_and_worst([row[key] for row in done]) for key in ("mean_max", "sd_max")),
+        ", ".join(f"{levels[level]} {level}" for level in (*LEVELS, "none") if level in levels),
+        *(f"{statistics.median(row[key] for row in done):,.0f}" for key in ("steps", "evaluations", "seconds")),
     )
-    for name, method in dict.fromkeys((row["posterior"], row["method"]) for row in rows):
-        group = [row for row in rows if (row["posterior"], row["method"]) == (name, method)]
-        done = [row for row in group if "error" not in row]
-        label = f"{name[:28]:28s} {method[:22]:22s}"
-        if done:
-            ratio = _median_and_worst([row["sw1"] / row["sw1_floor"] for row in done])
-            mean_max, sd_max = (_median_and_worst([row[key] for row in done]) for key in ("mean_max", "sd_max"))
-            seconds, steps, scores = (
-                statistics.median(row[key] for row in done) for key in ("seconds", "steps", "evaluations")
-            )
-            worst = max(done, key=lambda row: row["sd_max"])["sd_worst"]
-            levels = "".join(row.get("verdict", " ")[0] for row in done)
-            print(
-                f"{label} {f'{len(done)}/{len(group)}':>5s} {ratio:>14s} {mean_max:>14s} {sd_max:>14s}"
-                f" {worst[:20]:>20s} {seconds:8.1f} {steps:6.0f} {scores:9.0f}  {levels}"
-            )
-        for row in group:
-            if "error" in row:
-                print(f"{label} seed {row['seed']} failed: {row['error'][:120]}")
 
 
 def _median_and_worst(values: Sequence[float]) -> str:
@@ -253,6 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="*", default=["default", "AutoMultivariateNormal"], choices=METHODS)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--add", nargs="+", type=Path, default=[], help="JSON of other runs, pooled with this one")
     parser.add_argument("--quick", action="store_true", help="one small posterior, two methods, one seed")
     parser.add_argument("--out", type=Path, default=Path("results/posteriors.json"))
     args = parser.parse_args(arguments)
@@ -270,17 +288,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if unknown:
         parser.error(f"no posterior is called {', '.join(sorted(unknown))}")
 
-    rows: list[dict[str, Any]] = []
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    for case in cases:
-        for method in args.methods:
-            for seed in range(args.first_seed, args.first_seed + args.seeds):
-                rows.append(run_one(case, method, seed))
-                args.out.write_text(json.dumps({"versions": versions(), "rows": rows}, indent=1) + "\n")
-        print_table([row for row in rows if row["posterior"] == case.name])
-        sys.stdout.flush()
-    print_table(rows)
+    rows = record.read(args.add)
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    points = [(case, method, seed) for case in cases for method in args.methods for seed in seeds]
+    again = {(row["posterior"], row["method"], row["seed"]) for row in rows}
+    again &= {(case.name, method, seed) for case, method, seed in points}
+    if again:
+        parser.error(f"{len(again)} fits are in --add already, which would count twice: give another --first-seed")
+    for point in points:
+        rows.append(run_one(*point))
+        print(progress(rows[-1]), flush=True)
+        record.write(args, rows, quiet=True)
+    print_tables(rows)
     print_verdicts(rows)
+    record.write(args, rows)
 
 
 def make_references(names: Iterable[str], folder: Path) -> None:

@@ -34,7 +34,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import math
 import multiprocessing
 import statistics
@@ -350,8 +349,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.quick:
         args.models, args.replications = ["logistic"], 2
 
-    rows = [row for path in args.add for row in json.loads(path.read_text())["rows"]]
-    args.add = [str(path) for path in args.add]
+    rows = record.read(args.add)
     points = [(name, args.first + i) for name in args.models for i in range(args.replications)]
     again = {(row["model"], row["replication"]) for row in rows} & set(points)
     if again:

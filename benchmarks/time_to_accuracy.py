@@ -2,11 +2,13 @@
 
     python benchmarks/time_to_accuracy.py --posteriors DIR       # a collection of others, see posteriors.py
     python benchmarks/time_to_accuracy.py --names house_prices   # the project's own
+    python benchmarks/time_to_accuracy.py --methods --add a.json b.json    # no fits: tables and picture of these runs
 
 Each fit is a process of its own, one at a time on one thread, and everything counts from its start: imports, set-up,
 capture or compilation, the fit, the verdict, and 2,000 draws. A method's *curve* is its error at several budgets:
 steps of SIVISM and ``SVI``, draws of NUTS; each budget is a fit from scratch. The last budget of SIVISM is
-``run(None)`` and of NUTS 1,000 draws after a warm-up of as many, compiled; the table compares those two.
+``run(None)`` and of NUTS 1,000 draws after a warm-up of as many, compiled. One table compares those two by posterior,
+another the last budgets of all methods, on the posteriors where each of them came to its end.
 
 The error is the sliced Wasserstein-1 distance of ``accuracy.py``, in units of its floor. NUTS that takes longer than
 ``--patience`` is stopped and counted as having taken so long, in NUTS's favour.
@@ -35,6 +37,7 @@ BUDGETS: dict[str, list[int | None]] = {
     "AutoMultivariateNormal": [1000, 3000],
 }
 BASELINE, OURS = ("NUTS", 1000), ("SIVISM", None)
+_KEYS = ("posterior", "method", "budget", "seed")
 
 
 def fit(case: Any, method: str, budget: int | None, patience: float) -> dict[str, Any]:
@@ -92,22 +95,45 @@ def measure(point: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": seconds, "timed_out": False} | errors(draws, case.reference())
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
+def progress(row: dict[str, Any]) -> str:
+    """One line, while other fits are still to come."""
+    where = f"{row['posterior']:28s} {row['method']:22s} {row['budget'] or 'to its end':>10} seed {row['seed']}"
+    if "error" in row:
+        return f"{where}  failed: {row['error'][:120]}"
+    end = "stopped" if row["timed_out"] else f"error {row['sw1'] / row['sw1_floor']:.2f}"
+    return f"{where} {row['seconds']:7.1f} s  {end}"
+
+
+def print_comparison(rows: list[dict[str, Any]]) -> None:
     """Medians over the seeds of the two that are compared, and the geometric mean of the ratios of their seconds."""
-    ratios = []
-    print(f"\n{'posterior':28s} {'SIVISM s':>9s} {'NUTS s':>9s} {'x':>6s} {'sw1/floor':>10s} {'of NUTS':>8s}")
+    lines: list[tuple[str, ...]] = []
+    ratios: list[float] = []
     for name in dict.fromkeys(row["posterior"] for row in rows):
         ours, theirs = (_medians(rows, name, *which) for which in (OURS, BASELINE))
         if ours is None or theirs is None:
-            print(f"{name:28s} failed")
+            lines.append((f"`{name}`", "failed", "", "", "", ""))
             continue
         ratios.append(theirs["seconds"] / ours["seconds"])
-        print(
-            f"{name:28s} {ours['seconds']:9.1f} {theirs['seconds']:9.1f} {ratios[-1]:6.1f} {ours['ratio']:10.2f} "
-            f"{theirs['ratio']:8.2f}"
-        )
+        numbers = (f"{each:.1f}" for each in (ours["seconds"], theirs["seconds"], ratios[-1]))
+        lines.append((f"`{name}`", *numbers, f"{ours['ratio']:.2f}", f"{theirs['ratio']:.2f}"))
+    record.print_table(("posterior", "seconds", "of NUTS", "times", "error", "of NUTS"), lines)
     if ratios:
-        print(f"{'geometric mean':48s} {math.exp(statistics.fmean(map(math.log, ratios))):6.1f}")
+        print(f"\ngeometric mean of {len(ratios)}: {math.exp(statistics.fmean(map(math.log, ratios))):.1f} times")
+
+
+def print_summary(rows: list[dict[str, Any]]) -> None:
+    """Each method's last budget over the posteriors where all methods came to an end."""
+    methods = dict.fromkeys(row["method"] for row in rows)
+    names = dict.fromkeys(row["posterior"] for row in rows)
+    fits = {name: [_medians(rows, name, method, BUDGETS[method][-1]) for method in methods] for name in names}
+    ended = [of for of in fits.values() if all(fit is not None and math.isfinite(fit["ratio"]) for fit in of)]
+    print(f"\n{len(ended)} of {len(names)} posteriors, on which each of these came to its end:\n")
+    lines = []
+    for method, of_method in zip(methods, zip(*ended)):
+        errors, seconds = ([fit[key] for fit in of_method] for key in ("ratio", "seconds"))
+        of_errors = f"{statistics.median(errors):.2f}", f"{max(errors):.2f}"
+        lines.append((method, *of_errors, f"{statistics.median(seconds):.0f}", f"{sum(seconds) / 60:.0f}"))
+    record.print_table(("method", "error, median", "worst", "seconds, median", "minutes, all"), lines)
 
 
 def _medians(rows: list[dict[str, Any]], name: str, method: str, budget: int | None) -> dict[str, float] | None:
@@ -166,7 +192,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--posteriors", type=Path, help="a folder with others, in the place of the project's own")
     parser.add_argument("--references", type=Path, default=default_folder(), help="where long chains are kept")
     parser.add_argument("--names", nargs="*")
-    parser.add_argument("--methods", nargs="*", default=list(BUDGETS), choices=BUDGETS)
+    parser.add_argument("--methods", nargs="*", default=list(BUDGETS), choices=BUDGETS, help="none: see --add")
+    parser.add_argument("--add", nargs="+", type=Path, default=[], help="JSON of other runs, pooled with this one")
     parser.add_argument("--last-budgets-only", action="store_true", help="no curves: what the table compares")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--patience", type=float, default=300.0, help="seconds after which NUTS is stopped")
@@ -184,23 +211,27 @@ def main(arguments: list[str] | None = None) -> None:
 
         names = [case.name for case in posteriors.other_cases(args.posteriors, None)]
 
-    rows: list[dict[str, Any]] = []
-    for name in names:
-        for method, of in budgets.items():
-            for budget in of:
-                for seed in range(args.seeds):
-                    point = {"posterior": name, "method": method, "budget": budget, "seed": seed}
-                    where = {
-                        "folder": None if args.posteriors is None else str(args.posteriors),
-                        "references": str(args.references),
-                        "patience": args.patience,
-                        "started": time.time(),
-                    }
-                    rows.append(run_fresh(__file__, point | where))
-                    record.write(args, rows, quiet=True)
-        print_table([row for row in rows if row["posterior"] == name])
-        sys.stdout.flush()
-    print_table(rows)
+    rows = record.read(args.add)
+    fits = [(method, budget, seed) for method, of in budgets.items() for budget in of for seed in range(args.seeds)]
+    points = [dict(zip(_KEYS, (name, *fit))) for name in names for fit in fits]
+    again = [point for point in points if any(point.items() <= row.items() for row in rows)]
+    if again:
+        parser.error(
+            f"{len(again)} fits are in --add already, which would count twice: give other --names or --methods"
+        )
+    for point in points:
+        where = {
+            "folder": None if args.posteriors is None else str(args.posteriors),
+            "references": str(args.references),
+            "patience": args.patience,
+            "started": time.time(),
+        }
+        rows.append(run_fresh(__file__, point | where))
+        print(progress(rows[-1]), flush=True)
+        record.write(args, rows, quiet=True)
+    print()
+    print_comparison(rows)
+    print_summary(rows)
     plot(rows, args.out.with_suffix(".png"))
     record.write(args, rows)
 

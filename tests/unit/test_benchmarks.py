@@ -145,18 +145,32 @@ def test_time_to_accuracy_counts_everything_and_errs_like_the_other_benchmarks(l
 def test_time_to_accuracy_compares_medians_with_nuts(load, tmp_path, capsys):
     benchmark = load("time_to_accuracy")
 
-    def row(method, budget, seconds, sw1, **more):
-        fit = {"posterior": "p", "method": method, "budget": budget, "seconds": seconds}
+    def row(posterior, method, budget, seconds, sw1, **more):
+        fit = {"posterior": posterior, "method": method, "budget": budget, "seconds": seconds, "seed": 0}
         return fit | {"sw1": sw1, "sw1_floor": 0.5, "timed_out": False} | more
 
-    rows = [row("SIVISM", None, seconds, 0.4) for seconds in (1.0, 2.0, 9.0)]
-    rows += [row("SIVISM", 300, 1.0, 0.6), row("NUTS", 1000, 50.0, 0.0, timed_out=True)]
-    benchmark.print_table(rows)
-    *_, line, mean = capsys.readouterr().out.splitlines()
-    assert line.split() == ["p", "2.0", "50.0", "25.0", "0.80", "nan"]
-    assert mean.split()[-1] == "25.0"
-    benchmark.plot(rows, tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").stat().st_size > 0
+    rows = [row("p", "SIVISM", None, seconds, 0.4) for seconds in (1.0, 2.0, 9.0)]
+    rows += [row("p", "SIVISM", 300, 1.0, 0.6), row("p", "NUTS", 1000, 50.0, 0.0, timed_out=True)]
+    rows += [row("q", "SIVISM", None, 60.0, 0.3), row("q", "NUTS", 1000, 240.0, 0.5)]
+    earlier, out = tmp_path / "earlier.json", tmp_path / "curves.json"
+    earlier.write_text(json.dumps({"rows": rows}))
+    benchmark.main(["--methods", "--add", str(earlier), "--out", str(out)])
+    assert rows_of(out) == rows
+    assert out.with_suffix(".png").stat().st_size > 0
+    printed = capsys.readouterr().out
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
+    assert cells[2:4] == [
+        ["`p`", "2.0", "50.0", "25.0", "0.80", "nan"],
+        ["`q`", "60.0", "240.0", "4.0", "0.60", "1.00"],
+    ]
+    assert cells[6:] == [["SIVISM", "0.60", "0.60", "60", "1"], ["NUTS", "1.00", "1.00", "240", "4"]]
+    assert "geometric mean of 2: 10.0 times" in printed
+    assert "1 of 2 posteriors" in printed
+
+    again = ["--names", "p", "--methods", "SIVISM", "--last-budgets-only", "--add", str(earlier), "--out", str(out)]
+    with pytest.raises(SystemExit):
+        benchmark.main(again)
+    assert "1 fits are in --add already" in capsys.readouterr().err
 
 
 def test_sbc_ranks_every_quantity_and_pools_runs(load, tmp_path, capsys):

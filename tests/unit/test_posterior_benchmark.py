@@ -235,3 +235,13 @@ def test_rows_tables_and_failures(load, tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "failed: RuntimeError: no" in printed
     assert "not good with an error under .1: 1 of 1" in printed
+
+    one, both = ["--names", "two_modes", "--seeds", "1", "--add", str(out)], tmp_path / "both.json"
+    posteriors.main([*one, "--methods", "default", "--first-seed", "1", "--out", str(both)])
+    assert json.loads(both.read_text())["rows"][:2] == report["rows"]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert ["`two_modes`", "3", "2"] in [line[:3] for line in lines]
+    assert ["`two_modes`", "3", "0 of 1"] in [line[:3] for line in lines]
+    with pytest.raises(SystemExit):
+        posteriors.main([*one, "--methods", "NUTS"])
+    assert "1 fits are in --add already" in capsys.readouterr().err
