@@ -62,8 +62,8 @@ def assess(
     gaussian: GaussianFit | None,
     chains: Chains | None = None,
 ) -> Verdict:
-    """Judge q from 2,048 to 8,192 draws with scores, the more the more dimensions, and 512 chains; where latents are
-    fitted centered from 1,024 chains in decentered coordinates, too.
+    """Judge q from 2,048 draws with scores, in 33 to 256 dimensions up to 8,192, and from 512 chains, beyond 256
+    dimensions 96; where latents are fitted centered from 1,024 chains in decentered coordinates, too.
 
     Where the model draws random minibatches the chains and the searches for modes and tails, which need exact
     densities, are left out, and the other instruments allow for the minibatches' noise.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -91,7 +91,8 @@ class Cycles:
         """Cycles until the evidence says that it is enough; the best q is kept. Whether they were cut short.
 
         Args:
-            goes_on: whether q is not the Gaussian that it starts from, so that a cycle is wanted in any case.
+            goes_on: whether q is not the Gaussian that it starts from, or the critic does not know that one, so that a
+                cycle is wanted in any case.
         """
         # In the noise of random minibatches no error is sure, which is no evidence that there is none.
         is_noisy = self.target.is_subsampled and not isinstance(self.target, AnchoredTarget)
@@ -99,6 +100,8 @@ class Cycles:
         # Chains of parameters of the model that are learned would hold q where these were.
         may_follow = self.training.objective.follows_chains and not self.training.learns_model
         may_follow &= can_follow_chains(self.target)
+        if goes_on:  # the divergence is by the critic, which need not know this q yet
+            self.ranks.together(self.training.warm_up)
         try:
             while True:
                 found, chains = self._gather_evidence(rule)
@@ -134,7 +137,8 @@ class Cycles:
             found, chains = gather_evidence(
                 self.target, self.affine, training.averaged, training.objective, training.num_steps, rule
             )
-        numbers = torch.tensor([found.moment_error, found.divergence], dtype=torch.double)
-        self.ranks.together(self.ranks.broadcast_, [numbers])
-        moment_error, divergence = numbers.tolist()
-        return replace(found, moment_error=moment_error, divergence=divergence), chains
+        numbers = [found.moment_error, found.divergence, float(found.by_chains), float(found.is_ruled_out)]
+        shared = torch.tensor(numbers, dtype=torch.double)
+        self.ranks.together(self.ranks.broadcast_, [shared])
+        moment_error, divergence, by_chains, is_ruled_out = shared.tolist()
+        return Evidence(found.num_steps, moment_error, divergence, bool(by_chains), bool(is_ruled_out)), chains

@@ -332,7 +332,7 @@ class SemiImplicitGuide(AutoContinuous):
         result = {}
         for name, value in values.items():
             fn, base, log_density = own.nodes[name]["fn"], fitted.nodes[self._auxiliary[name]], 0.0
-            if base["value"].shape != value.shape:
+            if _without_event(base["value"], base["fn"].event_dim) != _without_event(value, fn.event_dim):
                 raise ModelError(
                     f"site '{name}' has shape {tuple(value.shape)}, computed from a latent of shape "
                     f"{tuple(base['value'].shape)}: the model is not written for batches, as vectorized particles "
@@ -496,6 +496,10 @@ def _latent_trace(trace: Trace, layout: LatentLayout) -> Trace:
     for name in layout.names:
         latent.add_node(name, **trace.nodes[name])
     return latent
+
+
+def _without_event(value: Tensor, event_dim: int) -> Size:
+    return value.shape[: value.dim() - event_dim]
 
 
 def _has_shape(shape: Size | None) -> str:

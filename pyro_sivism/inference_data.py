@@ -135,7 +135,7 @@ def to_inference_data(
         _constant_data(sivism.model, args, kwargs, replay.observed.values()) if constant_data is None else constant_data
     )
     constants = {name: as_numpy(value) for name, value in constant.items()}
-    labels = Labels(replay.sites, {name: value.ndim for name, value in constants.items()}, coords, dims)
+    labels = Labels(replay.sites, {name: value.shape for name, value in constants.items()}, coords, dims)
     groups: dict[str, xarray.Dataset] = {}
 
     x = sivism.sample_unconstrained(num_samples)
@@ -157,14 +157,14 @@ def to_inference_data(
         groups["posterior_predictive"] = labels.dataset(_of_kind(simulated, replay, "observed"))
     groups["log_likelihood"] = labels.dataset({k: v.double() for k, v in likelihood.items()}, batch_only=True)
     groups["sample_stats"] = labels.dataset(
-        _log_density(Target(sivism.model, layout, trace, args, kwargs), replay, left_out, x)
+        _log_density(Target(sivism.model, layout, trace, args, kwargs, paths=sivism.paths), replay, left_out, x)
     )
     if num_prior:
         drawn = _draw_prior(replay, left_out, num_prior, batch_size)
         groups["prior"] = labels.dataset(own_sites_first(_of_kind(drawn, replay, "latent", "deterministic"), trace))
         groups["prior_predictive"] = labels.dataset(_of_kind(drawn, replay, "observed"))
     groups["observed_data"] = labels.dataset(replay.observed, sampled=False)
-    groups["constant_data"] = labels.dataset(constants, sampled=False)
+    groups["constant_data"] = labels.constants(constants)
     groups["unconstrained_posterior"] = labels.unconstrained({s.name: u for s, u in layout.split(x)}, layout)
     left_out.warn()
     return _container(groups, _fit_attrs(sivism))

@@ -24,7 +24,6 @@ from pyro_sivism.recipe import Recipe
 from pyro_sivism.reparametrization import centered_sites, decentering, loose_sites
 from pyro_sivism.results import Seconds
 from pyro_sivism.target import Target
-from pyro_sivism.target.density import PATHS
 from pyro_sivism.target.starts import find_starts
 from pyro_sivism.warn import warn
 
@@ -42,7 +41,7 @@ class Initialization:
     Attributes:
         preconditioner: fits the Gaussian.
         recipe: from D to the settings of the guide's family.
-        capture: whether the target may be captured.
+        paths: of the target, see :class:`Target`.
         decenter: whether to look for better coordinates.
         ranks: the processes that share the fit.
         seconds: where to write down how long it took.
@@ -50,7 +49,7 @@ class Initialization:
 
     preconditioner: Preconditioner
     recipe: Callable[[int], Recipe]
-    capture: bool
+    paths: Sequence[str]
     decenter: bool
     ranks: Ranks
     seconds: Seconds
@@ -65,14 +64,13 @@ class Initialization:
             ModelError: the model cannot be fitted, or the guide is of another one.
             NonFiniteError: no finite starting point was found.
         """
-        is_new = not guide.is_set_up
         with self.seconds.of("setup"):
             target, init = self._make_target(model, guide, args, kwargs)
         fit = None
         if not guide.is_fitted:
             with self.seconds.of("preconditioner"):
                 fit = self._fit_gaussian(guide, target, init)
-                if is_new and self.decenter and fit.discrepancy > _NEARLY_GAUSSIAN and _may_be_decentered(target):
+                if self.decenter and fit.discrepancy > _NEARLY_GAUSSIAN and _may_be_decentered(target):
                     target, fit = self._in_better_coordinates(model, guide, target, fit)
         if self.ranks.is_first:
             warn_of_loop(target)
@@ -96,8 +94,7 @@ class Initialization:
         else:
             guide.setup_from_trace(trace, self.recipe(layout.dim))
         guide.check_model(model, *args, **kwargs)
-        paths = PATHS if self.capture else [path for path in PATHS if not path.startswith("captured")]
-        target = Target(guide.reparametrized(model), guide.layout, trace, args, kwargs, paths=paths)
+        target = Target(guide.reparametrized(model), guide.layout, trace, args, kwargs, paths=self.paths)
         return target, guide.layout.init_from_trace(trace)
 
     def _in_better_coordinates(

@@ -25,15 +25,23 @@ class Labels:
     def __init__(
         self,
         sites: Mapping[str, Site],
-        constants: Mapping[str, int],
+        constants: Mapping[str, tuple[int, ...]],
         coords: Mapping[str, Sequence] | None,
         dims: Mapping[str, Sequence[str]] | None,
     ) -> None:
         self._event_dims = {name: site.event_dim for name, site in sites.items()}
         # xarray takes a variable named as its own dim for a coordinate, and chain and draw are ArviZ's.
         taken = {"chain", "draw", *sites, *constants}
+        shapes = {**{name: tuple(site.shape) for name, site in sites.items()}, "lp": ()}
+        # A constant named like a site has the site's dims only where it has its shape: what is observed may be a part
+        # of the argument.
+        self._dims_of_other_shape = {
+            name: tuple(f"{name}_argument_dim_{i}" for i in range(len(shape)))
+            for name, shape in constants.items()
+            if name in shapes and shape != shapes[name]
+        }
         self._dims: dict[str, tuple[str, ...]] = {
-            **{name: tuple(f"{name}_dim_{i}" for i in range(ndim)) for name, ndim in constants.items()},
+            **{name: tuple(f"{name}_dim_{i}" for i in range(len(shape))) for name, shape in constants.items()},
             **{name: tuple(f"{d}_dim" if d in taken else d for d in site.dims) for name, site in sites.items()},
             "lp": (),
         }
@@ -47,7 +55,7 @@ class Labels:
                 )
             self._dims[name] = tuple(given)
         self._coords = dict(coords or {})
-        known = {dim for names in self._dims.values() for dim in names}
+        known = {dim for names in (*self._dims.values(), *self._dims_of_other_shape.values()) for dim in names}
         for dim in self._coords:
             if dim not in known:
                 raise ArgumentError(f"coords labels the dim '{dim}'; expected one of {sorted(known)}")
@@ -61,6 +69,12 @@ class Labels:
             names = self._dims[name]
             dims[name] = names[: len(names) - self._event_dims[name]] if batch_only else names
         return self._build(values, dims, sampled)
+
+    def constants(self, values: Mapping[str, np.ndarray]) -> xarray.Dataset:
+        """What is not of the model: its arguments, or what the user gives."""
+        return self._build(
+            values, {name: self._dims_of_other_shape.get(name, self._dims[name]) for name in values}, False
+        )
 
     def unconstrained(self, values: Mapping[str, Tensor], layout: LatentLayout) -> xarray.Dataset:
         """As :meth:`dataset`; an event whose shape differs from the constrained one has dims of its own."""

@@ -24,6 +24,7 @@ from pyro_sivism.guide import SemiImplicitGuide
 from pyro_sivism.layout import LatentLayout
 from pyro_sivism.sivism import SIVISM
 from pyro_sivism.target import Target
+from pyro_sivism.target.density import PATHS
 from pyro_sivism.target.starts import check_finite_start
 
 __all__ = ["FittedNUTS", "nuts_from", "require_fit"]
@@ -48,8 +49,11 @@ def nuts_from(sivism: SIVISM, *args: Any, full_mass: bool | list | None = None, 
     in ``sivism.target.num_evaluations``, with the fit's.
 
     Each chain starts at its own draw. Only the step size is adapted, so that a warm-up of about 100 steps does. The
-    potential is the fit's own target, :class:`Target`, which replays the model's graph where it can: the kernel takes
-    every model that the fit took, discrete latents included, and ``mcmc.run()`` needs no arguments.
+    potential is the model's :class:`Target`, which replays its graph where it can: the kernel takes every model that
+    the fit took, discrete latents included, and ``mcmc.run()`` needs no arguments.
+
+    The chain moves in the coordinates of the model as it was given. Where the fit decentered latents, which is where
+    NUTS is slow in these, give it the model decentered: ``nuts_from(SIVISM(decenter(model, *args)).setup(*args))``.
 
     Args:
         sivism: a fit.
@@ -108,7 +112,7 @@ def nuts_from(sivism: SIVISM, *args: Any, full_mass: bool | list | None = None, 
         guide.setup(*args, **kwargs)
         draws = guide.layout.pack(fitted.constrain(draws, *args, **kwargs))
     options.setdefault("adapt_mass_matrix", False)
-    return FittedNUTS(sivism.own_model, guide, draws, args, kwargs, full_mass=full_mass, **options)
+    return FittedNUTS(sivism.own_model, guide, draws, args, kwargs, paths=sivism.paths, full_mass=full_mass, **options)
 
 
 @torch.no_grad()
@@ -187,12 +191,14 @@ class FittedNUTS(NUTS):
         draws: Tensor,
         args: Sequence,
         kwargs: Mapping[str, Any],
+        *,
+        paths: Sequence[str] = PATHS,
         **nuts_options: Any,
     ) -> None:
         transforms = {site.name: site.transform.inv for site in guide.layout.sites}
         super().__init__(model, transforms=transforms, **nuts_options)
         self._guide, self._draws = guide, draws
-        self._target = Target(model, guide.layout, self._trace(args, kwargs), args, kwargs)
+        self._target = Target(model, guide.layout, self._trace(args, kwargs), args, kwargs, paths=paths)
         self._check_full_data()
         self._evaluations_before = self._target.num_evaluations
         self.mass_matrix_adapter = _FittedMassMatrix(guide.layout, draws)

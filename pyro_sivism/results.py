@@ -112,7 +112,8 @@ class FitResult:
         target_path: how scores are computed, and why.
         evidence: how far q was from the posterior after each cycle of a run without a length, before the first to
             begin with; empty after a run of a given length.
-        verdict: whether q can be trusted; None after a run of a given length under 100, and on all ranks but the first.
+        verdict: whether q can be trusted; None after a run of a given length under 100, on all ranks but the first, and
+            where there could be none, which a warning says.
     """
 
     num_steps: int

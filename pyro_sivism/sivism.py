@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -32,6 +33,7 @@ from pyro_sivism.reparametrization import suggestion
 from pyro_sivism.results import FitResult, History, Seconds, StepInfo
 from pyro_sivism.target import Target
 from pyro_sivism.target.anchored import AnchoredTarget
+from pyro_sivism.target.density import PATHS, UNCAPTURED_PATHS
 from pyro_sivism.training import Training
 from pyro_sivism.warn import warn
 
@@ -65,7 +67,8 @@ class SIVISM:
         guide: a :class:`SemiImplicitGuide` of the model; made with its defaults if None. A guide that another
             SIVISM has trained goes on from where it is.
         optim: the guide's optimizer: a ``pyro.optim`` object or a callable from parameters to a torch optimizer, both
-            used as they are; if None Adam on the recipe's schedule. It also moves the model's ``pyro.param``s.
+            used as they are, on gradients clipped to a norm of 5; if None Adam on the recipe's schedule. It also moves
+            the model's ``pyro.param``s.
         loss: the objective; :class:`PathGradientKL` if None, because it measured far more reliable than the paper's
             game, ``FisherDivergence(path_weight=0)``, which is one argument away.
         critic_optim: the critic's optimizer, likewise.
@@ -79,7 +82,8 @@ class SIVISM:
             where a ``run`` has so many steps left that this is repaid, which takes tens of thousands.
         decenter: fit latents whose scale depends on other latents, and about which the data say little, at a fixed
             scale, as :func:`~pyro_sivism.decenter` does, if the Gaussian that q starts from has the higher ELBO there.
-            What is drawn and reported are the model's own sites. If False never.
+            What is drawn and reported are the model's own sites. A guide that was set up before keeps its coordinates.
+            If False never.
         ranks: the processes that share the fit, see :mod:`pyro_sivism.distributed`; those that ``torchrun`` started or
             ``torch.distributed`` knows if None.
 
@@ -135,6 +139,16 @@ class SIVISM:
         for name, value in (("num_particles", num_particles), ("critic_steps", critic_steps)):
             if value is not None and not (_is_integer(value) and value >= 1):
                 raise ArgumentError(f"expected {name} to be an integer of at least 1, got {value!r}")
+        if critic is not None and not isinstance(critic, nn.Module):
+            raise ArgumentError(f"critic is a {type(critic).__name__}; expected None or a torch.nn.Module")
+        can_fit = callable(getattr(preconditioner, "fit", None)) and not isinstance(preconditioner, type)
+        if preconditioner is not None and not can_fit:
+            raise ArgumentError(
+                f"preconditioner is a {type(preconditioner).__name__}; expected None, BatchAndMatch(), "
+                "FixedGaussian(...) or another object with a method fit"
+            )
+        if compile is not None and not isinstance(compile, bool):
+            raise ArgumentError(f"compile is a {type(compile).__name__}; expected True, False or None")
         if ranks is not None and not isinstance(ranks, Ranks):
             raise ArgumentError(f"ranks is a {type(ranks).__name__}; expected None, Ranks.find() or Ranks.alone()")
         check_optimizer(optim, "optim")
@@ -143,8 +157,9 @@ class SIVISM:
         self.loss = PathGradientKL() if loss is None else loss.unbound()  # another fit may share the object
         self.preconditioner = BatchAndMatch() if preconditioner is None else preconditioner
         self._critic, self._num_particles, self._critic_steps = critic, num_particles, critic_steps
-        self._capture, self._compile, self._decenter = bool(capture), compile, bool(decenter)
+        self.paths, self._compile = PATHS if capture else UNCAPTURED_PATHS, compile
         self._ranks = ranks
+        self._may_decenter: bool | None = None if decenter else False  # None: not if the guide is set up at the start
         self._training: Training | None = None
         self._target: Target | None = None
         self._anchored: AnchoredTarget | None = None
@@ -194,7 +209,7 @@ class SIVISM:
         return 0 if self._saved is None else self._saved["training"]["num_steps"]
 
     def setup(self, *args: Any, **kwargs: Any) -> SIVISM:
-        """Run the model once, choose how to compute its score, fit the Gaussian, and warm the critic up.
+        """Run the model once, choose how to compute its score, and fit the Gaussian that q starts from.
 
         The first :meth:`step` or :meth:`run` does this from its own arguments; a second call does nothing.
 
@@ -202,7 +217,7 @@ class SIVISM:
             ModelError: the model cannot be fitted; the message names the site and the cure.
             NonFiniteError: no finite starting point was found.
         """
-        if self._target is None:
+        if self._training is None:
             self._bind(args, kwargs)
         return self
 
@@ -220,8 +235,7 @@ class SIVISM:
             with self.ranks.same_random_numbers():
                 self._start(args, kwargs)
                 training = self._make_training()
-                if AnchoredTarget.applies(self.target):
-                    self._anchored = AnchoredTarget(self.target, self.guide.affine.loc)
+                self._anchored = self._make_anchored()
             modules = (self.guide, training.family, training.critic)
             self.ranks.broadcast_(tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
             self.ranks.broadcast_(self.target.params().values())
@@ -235,8 +249,10 @@ class SIVISM:
 
     def _start(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """Make the target, and the guide's family and its Gaussian."""
+        if self._may_decenter is None:  # not again, where this fails and is tried again
+            self._may_decenter = not self.guide.is_set_up
         how = Initialization(
-            self.preconditioner, self._recipe, self._capture, self._decenter, self.ranks, self._seconds
+            self.preconditioner, self._recipe, self.paths, self._may_decenter, self.ranks, self._seconds
         )
         self._target, self._gaussian_fit = how.start(self.own_model, self.guide, args, kwargs)
 
@@ -247,6 +263,10 @@ class SIVISM:
         self.target.bind(trace, args, kwargs)
         if self.ranks.is_first:
             warn_of_loop(self.target)
+
+    def _make_anchored(self) -> AnchoredTarget | None:
+        """The target with less of the minibatches' noise; None where there is none that can be taken out."""
+        return AnchoredTarget(self.target, self.guide.affine.loc) if AnchoredTarget.applies(self.target) else None
 
     def _recipe(self, dim: int) -> Recipe:
         recipe = self.loss.adapt_recipe(Recipe.for_dim(dim))
@@ -368,9 +388,11 @@ class SIVISM:
                 if num_steps is not None:
                     interrupted = cycles.take(num_steps)
                 else:
-                    # A q that is not the Gaussian's, or parameters to be learned, want a cycle in any case.
-                    is_gaussian = training.num_steps == 0 and self._gaussian_fit is not None
-                    interrupted = cycles.take_until_settled(goes_on=not is_gaussian or bool(self.target.params()))
+                    # A q that is not the Gaussian's, a critic that would not know it, or parameters to be learned, want
+                    # a cycle in any case.
+                    is_known = training.num_steps == 0 and self._gaussian_fit is not None
+                    is_known = is_known and training.critic_knows_gaussian()
+                    interrupted = cycles.take_until_settled(goes_on=not is_known or bool(self.target.params()))
             except KeyboardInterrupt:
                 if self.ranks.size > 1:  # the others cannot know after which step
                     raise
@@ -423,15 +445,24 @@ class SIVISM:
             )
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
-        """The loss of the guide as it is reported (averaged weights), on fresh draws. Changes no parameter.
+        """The loss of the guide as it is reported (averaged weights), on fresh draws. Changes nothing: what follows is
+        about the arguments of the fit.
 
         Raises:
             NotSetUpError: before set-up.
         """
         self._require_training()
-        training = self._bind(args, kwargs)
-        self.target.resample_minibatch()
-        return training.evaluate().fisher_divergence.item()
+        fitted_args, fitted_kwargs = self.target.arguments
+        anchored = self._anchored
+        try:
+            training = self._bind(args, kwargs)
+            self.target.resample_minibatch()
+            return training.evaluate().fisher_divergence.item()
+        finally:
+            training = self._bind(fitted_args, fitted_kwargs)
+            if anchored is not None and self._anchored is None:
+                self._anchored = anchored if anchored.is_current else self._make_anchored()
+                self._connect(training)
 
     # --- results ------------------------------------------------------------------------------------
 
@@ -470,18 +501,20 @@ class SIVISM:
     # --- saving -------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the fit to a file: the guide, the critic, the optimizers' states and the model's parameters.
+        """Write the fit to a file: the guide, the critic, the optimizers' states, the model's parameters, the verdict.
 
         A file that is there is replaced at once when the new one is complete. Of processes that share the fit, rank 0
         writes, whoever calls.
         """
+        if self._saved is None:
+            self._require_training()
+        self.ranks.last_checkpoint = os.fspath(path)
+        if not self.ranks.is_first:
+            return
         if self._saved is not None:  # loaded, and not gone on with
             write_atomically(self._saved, path)
             return
         training = self._require_training()
-        self.ranks.last_checkpoint = os.fspath(path)
-        if not self.ranks.is_first:
-            return
         state = {
             "guide": self.guide,
             "family": training.family,
@@ -489,6 +522,7 @@ class SIVISM:
             "training": training.state_dict(),
             "model_params": {name: p.detach().clone() for name, p in self.target.params().items()},
             "seconds": dict(self._seconds),
+            "verdict": self._verdict,
             "settings": {
                 "loss": self.loss.unbound(),
                 "num_particles": self._num_particles,
@@ -498,20 +532,23 @@ class SIVISM:
         write_atomically(state, path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], model: Callable, **kwargs: Any) -> SIVISM:
+    def load(
+        cls, path: str | os.PathLike[str], model: Callable, *, init_loc_fn: Callable = init_to_median, **kwargs: Any
+    ) -> SIVISM:
         """A fit written by :meth:`save`, ready to sample from, or to go on with ``step`` and ``run``.
 
         Args:
             path: the file; it is unpickled, so load only files you trust.
             model: the model the fit was made with; models are code and are not saved.
+            init_loc_fn: as of the guide that the fit was made with, where the model wants one.
             kwargs: arguments of :class:`SIVISM`. The objective, ``num_particles`` and ``critic_steps`` are those of the
                 file unless given; pass the optimizers that the fit was made with, to go on as before. The model's
                 learned ``pyro.param``s are put back at the first call with arguments.
         """
         saved = torch.load(path, weights_only=False)
-        saved["guide"].attach_model(model)
+        saved["guide"].attach_model(model, init_loc_fn)
         sivism = cls(model, saved["guide"], **{**saved["settings"], **kwargs})
-        sivism._saved, sivism._seconds = saved, Seconds(saved["seconds"])
+        sivism._saved, sivism._seconds, sivism._verdict = saved, Seconds(saved["seconds"]), saved["verdict"]
         return sivism
 
 

@@ -129,11 +129,19 @@ class Training:
                 self._optim, model_params, "optim", lr=_MODEL_PARAM_LR, betas=self.recipe.betas
             )
 
+    @torch.no_grad()
+    def critic_knows_gaussian(self) -> bool:
+        """Whether the critic takes q for the standard normal that it is at first, as the default one does untrained."""
+        points = torch.stack([torch.ones(self.family.dim), torch.linspace(-2.0, 2.0, self.family.dim)])
+        points = points.to(self._live_params[0])
+        return torch.equal(self.objective.critic_value(points, torch.zeros_like(points)), points)
+
     def warm_up(self) -> None:
         """Let the critic learn the score of the first q, which the guide's first step relies on; once."""
         if not self.is_warm:
-            for _ in range(self.recipe.critic_warmup_steps):
-                self._critic_step(lr_factor=1.0)
+            with self._seconds.of("critic_warmup"):
+                for _ in range(self.recipe.critic_warmup_steps):
+                    self._critic_step(lr_factor=1.0)
         self.is_warm = True
 
     def plan(self, num_steps: int | None) -> None:
@@ -188,9 +196,7 @@ class Training:
         Raises:
             As :meth:`step`.
         """
-        if not self.is_warm:
-            with self._seconds.of("critic_warmup"):
-                self.warm_up()
+        self.warm_up()
         self.source.resample_minibatch()  # one minibatch for the critic and the guide alike
         if self._compiles and self.num_steps >= STEPS_BEFORE_COMPILING:
             self._compile()

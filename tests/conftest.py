@@ -53,7 +53,7 @@ def no_warnings():
 
 @pytest.fixture
 def small_recipe(monkeypatch):
-    """Tiny networks and no warm-up, for tests of behaviour and not of accuracy."""
+    """Tiny networks and hardly a warm-up, for tests of behaviour and not of accuracy."""
     for_dim = Recipe.for_dim
 
     def small(cls, dim):

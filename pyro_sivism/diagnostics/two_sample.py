@@ -49,14 +49,12 @@ def sliced_wasserstein(x: Tensor, y: Tensor, num_directions: int = 200, seed: in
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(x.shape[1], num_directions, generator=generator, dtype=torch.float64)
     directions = directions / directions.norm(dim=0)
-    count = max(len(x), len(y))
-    quantiles = []
-    for draws in (x, y):
-        ordered = (draws.double().cpu() @ directions).sort(0).values
-        # The inverse distribution function at (i + 1/2) / count: the order statistics themselves if the sizes agree.
-        positions = torch.arange(count) * len(draws) // count
-        quantiles.append(ordered[positions])
-    return (quantiles[0] - quantiles[1]).abs().mean().item()
+    along_x, along_y = ((draws.double().cpu() @ directions).sort(0).values for draws in (x, y))
+    # Both inverse distribution functions are constant between these multiples of 1 / (n m), those of 1 / n and 1 / m.
+    n, m = len(x), len(y)
+    starts = torch.cat([m * torch.arange(n), n * torch.arange(m)]).unique()
+    widths = torch.diff(starts, append=torch.tensor([n * m])).double() / (n * m)
+    return (widths @ (along_x[starts // m] - along_y[starts // n]).abs()).mean().item()
 
 
 class ClassifierTest(NamedTuple):

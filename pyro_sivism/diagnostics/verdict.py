@@ -146,7 +146,7 @@ def judge(
 ) -> Verdict:
     """Combine the instruments that were used into one verdict.
 
-    Stein's statistics and the Fisher divergence cost one score a draw and serve while a fit is going on; the other two
+    Stein's statistics and the Fisher divergence cost one score a draw and serve while a fit is going on; the others
     cost more, and belong at its end.
 
     Args:
@@ -342,7 +342,7 @@ def _tail_finding(tails: TailIndices, name: Callable[[int], str], thresholds: tu
     if index > 0.0:
         text = f"{site}: tails as heavy as Student's t with {index:.1f} degrees of freedom, whose ends have no draws"
     else:  # no tail of a density that can be normalised: q stands aside of the mass, or there is no end to it
-        text = f"{site}: the density still rises 4 to 16 sds from the draws' mean"
+        text = f"{site}: 4 to 16 sds from the draws' mean the density rises, or hardly falls"
     return _finding("tails", (site,), 1.0 / max(index.item(), _MIN_TAIL_INDEX), thresholds, text)
 
 

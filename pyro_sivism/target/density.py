@@ -47,7 +47,8 @@ from pyro_sivism.target.runs import ModelRuns
 
 __all__ = ["Target"]
 
-PATHS = ("captured", "captured_plate", "vmap", "plate")
+UNCAPTURED_PATHS = ("vmap", "plate")
+PATHS = ("captured", "captured_plate", *UNCAPTURED_PATHS)
 _MAX_BINDINGS = 8
 _MAX_CAPTURED_BINDINGS = 16  # of arguments whose shapes change all the time the model is run: to record takes longer
 # Bytes of intermediate results in one batch of scores. On the CPU a graph is replayed on as much as stays near caches

@@ -13,7 +13,7 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoGuideList, AutoNormal
 
-from pyro_sivism import SIVISM, FixedGaussian, ScoreNetwork, SemiImplicitGuide, SivismError
+from pyro_sivism import SIVISM, BatchAndMatch, FixedGaussian, ScoreNetwork, SemiImplicitGuide, SivismError
 from pyro_sivism.errors import (
     ArgumentError,
     EmptyModelError,
@@ -61,6 +61,20 @@ def test_another_autoguide(make):
 def test_a_loss_of_svi():
     with pytest.raises(ArgumentError, match="loss is a Trace_ELBO; expected an objective such as PathGradientKL"):
         SIVISM(model, loss=Trace_ELBO())
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "cure"),
+    [
+        ("critic", lambda x: -x, "expected None or a torch.nn.Module"),
+        ("preconditioner", "none", r"expected None, BatchAndMatch\(\), FixedGaussian"),
+        ("preconditioner", BatchAndMatch, "expected None, BatchAndMatch"),
+        ("compile", "max-autotune", "expected True, False or None"),
+    ],
+)
+def test_an_argument_of_another_kind(name, bad, cure):
+    with pytest.raises(ArgumentError, match=f"^{name} is a {type(bad).__name__}; {cure}"):
+        SIVISM(model, **{name: bad})
 
 
 @pytest.mark.parametrize("name", ["num_particles", "critic_steps"])

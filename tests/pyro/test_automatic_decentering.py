@@ -20,6 +20,7 @@ from pyro.infer.autoguide.initialization import init_to_value
 from pyro.infer.mcmc.util import initialize_model
 from pyro.infer.reparam import LocScaleReparam
 from schools import EFFECT, STANDARD_ERROR, eight_schools
+from torch.distributions import StickBreakingTransform
 
 from pyro_sivism import SIVISM, BatchAndMatch, FixedGaussian, SemiImplicitGuide, compare_with_nuts, decenter, nuts_from
 from pyro_sivism.errors import ArgumentError, ModelError, NonFiniteError, NotSetUpError
@@ -291,6 +292,29 @@ def test_a_guide_that_was_set_up_keeps_its_coordinates():
     assert num_fits == 1
     assert sivism.guide is guide
     assert guide.layout.names == ("mu", "tau", "theta")
+
+
+def test_a_set_up_that_failed_is_no_set_up():
+    gaussians = GivenGaussians(NonFiniteError("nowhere finite"), 0.0, 1.0)
+    sivism = SIVISM(eight_schools, preconditioner=gaussians, num_particles=8)
+    with pytest.raises(NonFiniteError):
+        sivism.setup(*DATA)
+    assert sivism.setup(*DATA).guide.layout.names == ("mu", "tau", "theta_decentered")
+
+
+def test_a_simplex_whose_base_has_another_shape():
+    def mixture(y):
+        tau = pyro.sample("tau", dist.HalfNormal(1.0))
+        base = dist.Normal(torch.zeros(2), tau).to_event(1)
+        weights = pyro.sample("weights", dist.TransformedDistribution(base, StickBreakingTransform()))
+        pyro.sample("y", dist.Normal(weights, 0.5).to_event(1), obs=y)
+
+    y = torch.tensor([0.5, 0.3, 0.2])
+    sivism, _ = set_up_as_told(mixture, y)
+    assert sivism.guide.layout.names == ("tau", "weights_base_decentered")
+    drawn = Predictive(mixture, guide=sivism.guide, num_samples=50)(y)["weights"]
+    assert drawn.shape[-1] == 3
+    torch.testing.assert_close(drawn.sum(-1), torch.ones(drawn.shape[:-1]))
 
 
 def test_a_guide_that_was_not_is_taken_along_with_its_settings():

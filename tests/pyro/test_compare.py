@@ -75,7 +75,7 @@ def raw_units():
 # --- distances ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [300, 200])
+@pytest.mark.parametrize("count", [300, 450, 7])
 def test_ks_and_wasserstein_agree_with_scipy(count):
     x, y = torch.randn(600, 1).double(), (1.3 * torch.randn(count, 1) + 0.4).double()
     want = stats.ks_2samp(x[:, 0].numpy(), y[:, 0].numpy()).statistic
@@ -409,6 +409,12 @@ def test_a_kernel_goes_to_processes_that_are_spawned(fitted):
     mean, sd = posterior_of_normal(Y)
     assert abs(mu.mean() - mean) < sd
     assert there._target.path.name == "captured"
+
+
+def test_a_fit_that_may_not_capture_makes_a_kernel_that_does_not():
+    given = FixedGaussian(torch.zeros(1), torch.ones(1))
+    sivism = SIVISM(normal, preconditioner=given, num_particles=8, capture=False).setup(Y)
+    assert nuts_from(sivism)._target.path.name == sivism.target.path.name == "vmap"
 
 
 def test_other_arguments_give_their_own_posterior(fitted):

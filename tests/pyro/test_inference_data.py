@@ -401,6 +401,27 @@ def test_constant_data_given():
     assert idata["constant_data"]["year"].dims == ("data",)
 
 
+def test_an_argument_named_like_a_site_of_another_shape():
+    def of_column(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y.squeeze(-1))
+
+    def of_part(y, keep):
+        normal(y[keep])
+
+    idata = convert(of_column, Y[:, None], coords={"row": list("abcdef")})
+    assert idata["observed_data"]["y"].dims == ("row",)
+    assert idata["constant_data"]["y"].shape == (6, 1)
+    keep = torch.tensor([True, True, True, False, False, True])
+    idata = convert(of_part, Y, keep, coords={"data": list("abcd")})
+    assert list(idata["observed_data"]["data"].values) == list("abcd")
+    np.testing.assert_array_equal(idata["constant_data"]["y"].values, Y.numpy())
+    # Of one shape they share their dims, as where the logarithm of the argument is observed.
+    idata = convert(lambda y: normal(y.exp()), Y)
+    assert idata["constant_data"]["y"].dims == idata["observed_data"]["y"].dims == ("data",)
+
+
 def test_wrong_calls():
     sivism = Untrained(normal, Y)
     with pytest.raises(ArgumentError, match="num_samples of at least 1"):

@@ -15,13 +15,15 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO
+from pyro.infer.autoguide.initialization import init_to_value
 from pyro.nn import PyroModule, PyroSample
 from torch import nn
 
 from pyro_sivism import SIVISM, FisherDivergence, FixedGaussian, PathGradientKL, SemiImplicitGuide
 from pyro_sivism.assessment import assess, gather_evidence
 from pyro_sivism.diagnostics import FisherStatistics, drift_statistics, stein_statistics
-from pyro_sivism.errors import ArgumentError, FitWarning, NonFiniteError, NonFiniteWarning
+from pyro_sivism.errors import ArgumentError, FitWarning, LayoutChangedError, NonFiniteError, NonFiniteWarning
+from pyro_sivism.family import MLP
 from pyro_sivism.stopping import Evidence, StoppingRule
 
 Y = torch.linspace(0.0, 2.0, 20)
@@ -125,6 +127,40 @@ def test_evaluate_loss_changes_nothing(optim):
     assert len(losses) == 3  # fresh draws
     assert same(before, state(sivism))
     assert sivism.num_steps_taken == 1
+
+
+@pytest.mark.usefixtures("small_recipe")
+@pytest.mark.parametrize("other", [100.0 + Y, torch.full((7,), 100.0)], ids=["same_shape", "another_shape"])
+def test_what_follows_evaluate_loss_is_about_the_arguments_of_the_fit(other):
+    def subsampling(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y), subsample_size=4) as rows:
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y[rows])
+
+    for fitted in (model, subsampling):
+        sivism = quick(fitted)
+        sivism.step(Y)
+        is_anchored = sivism._anchored is not None
+        before = sivism.evaluate_loss(Y)
+        assert sivism.evaluate_loss(other) > 100.0 * before
+        assert sivism.target.arguments[0][0] is Y
+        assert sivism.guide._arguments[0][0] is Y
+        assert (sivism._anchored is not None) == is_anchored == (fitted is subsampling)
+        torch.testing.assert_close(sivism._scored.score(torch.zeros(1, 1)).squeeze(), Y.sum())
+
+
+@pytest.mark.usefixtures("small_recipe")
+def test_what_follows_a_loss_that_could_not_be_evaluated_is_about_the_fit():
+    def by_row(y):
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(pyro.sample("mu", dist.Normal(0.0, 1.0)), 1.0), obs=y)
+
+    sivism = quick(by_row, len(Y))
+    sivism.step(Y)
+    with pytest.raises(LayoutChangedError):
+        sivism.evaluate_loss(Y[:7])
+    assert sivism.target.arguments[0][0] is Y
+    sivism.step(Y)
 
 
 @pytest.mark.usefixtures("small_recipe")
@@ -435,6 +471,41 @@ def test_inference_data_of_a_loaded_fit_has_the_learned_parameters(tmp_path):
     torch.testing.assert_close(torch.as_tensor(idata.sample_stats["lp"].values[0]).float(), want)
 
 
+@pytest.mark.usefixtures("small_recipe")
+def test_a_loaded_fit_has_its_verdict(tmp_path):
+    sivism = SIVISM(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FitWarning)  # tiny networks
+        fit = sivism.run(100, Y, progress_bar=False)
+    sivism.save(tmp_path / "fit")
+    loaded = SIVISM.load(tmp_path / "fit", model)
+    attrs = loaded.to_inference_data(Y, num_samples=5)["posterior"].attrs
+    assert attrs["verdict"] == fit.verdict.level
+    assert attrs["stein_mean_max"] == fit.verdict.as_dict()["stein_mean_max"]
+    loaded.step(Y)
+    assert "verdict" not in loaded.to_inference_data(Y, num_samples=5)["posterior"].attrs
+
+
+@pytest.mark.usefixtures("small_recipe")
+def test_a_loaded_fit_starts_where_it_is_told(tmp_path):
+    """The latent's median is no point of this model's: below zero the scale is not one."""
+
+    def picky(y):
+        mu = pyro.sample("mu", dist.Normal(-5.0, 1.0))
+        with dist.validation_enabled(True):
+            pyro.sample("y", dist.Normal(0.0, mu).expand([len(y)]).to_event(1), obs=y)
+
+    start = init_to_value(values={"mu": torch.tensor(1.0)})
+    sivism = SIVISM(picky, SemiImplicitGuide(picky, init_loc_fn=start), preconditioner=near_one)
+    sivism.step(Y)
+    sivism.save(tmp_path / "fit")
+    loaded = SIVISM.load(tmp_path / "fit", picky, init_loc_fn=start).setup(Y)
+    assert loaded.guide.trace_model(Y).nodes["mu"]["value"] == 1.0
+
+
+near_one = FixedGaussian(torch.ones(1), torch.full((1,), 0.01))
+
+
 class Regression(PyroModule):
     """A latent weight, and a network and an offset that are parameters."""
 
@@ -680,6 +751,27 @@ def test_a_run_without_a_length_ends_when_it_has_settled():
     assert fit.verdict.level == "good"
     again = sivism.run(None, progress_bar=False)
     assert again.num_steps == 150 * 2 ** (len(again.evidence) - 2), "who asks for more gets more"
+
+
+def skewed_rows():
+    with pyro.plate("rows", 10):
+        pyro.sample("x", dist.Gamma(30.0, 1.0))  # moments do not tell the Gaussian from it, scores do
+
+
+@pytest.mark.usefixtures("small_recipe")
+@pytest.mark.parametrize("which", ["network_of_f", "small_critic"])
+def test_a_critic_that_knows_nothing_yet_is_no_evidence_for_the_gaussian(which):
+    critic = MLP(10, 10, (8,))
+    with torch.no_grad():
+        for parameter in critic.parameters():
+            parameter.mul_(0.1)
+    settings = {"loss": FisherDivergence(target_residual=False)} if which == "network_of_f" else {"critic": critic}
+    sivism = SIVISM(skewed_rows, **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FitWarning)  # tiny networks
+        fit = sivism.run(None, progress_bar=False)
+    assert fit.num_steps >= 150
+    assert fit.evidence[0].moment_error < 0.05
 
 
 @pytest.mark.usefixtures("small_recipe")

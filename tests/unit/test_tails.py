@@ -147,7 +147,7 @@ def test_a_density_that_rises_beyond_the_draws_is_no_tail():
     verdict = judge(stein_statistics(x, target.score(x)), tails=tail_indices(target, x), labels=["mu"])
     assert verdict.level == "bad"
     assert "mu: mean more than 3 sds too low" in verdict.sentence
-    assert any("mu: the density still rises" in finding.text for finding in verdict.findings)
+    assert any("mu: 4 to 16 sds from the draws' mean the density rises" in finding.text for finding in verdict.findings)
 
 
 def test_too_few_draws_are_refused():
