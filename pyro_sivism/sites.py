@@ -32,6 +32,7 @@ __all__ = [
     "is_factor",
     "is_masked_out",
     "is_reparametrized",
+    "layers",
     "log_abs_det_jacobian",
     "plates_around",
     "site_kind",
@@ -212,17 +213,18 @@ def is_factor(msg: dict) -> bool:
 
 def is_masked_out(msg: dict) -> bool:
     """Whether a latent's own density is masked away, so that drawing from it is not drawing from its prior."""
-    masks = [msg["mask"], *(getattr(fn, "_mask", None) for fn in _layers(msg["fn"]))]
+    masks = [msg["mask"], *(getattr(fn, "_mask", None) for fn in layers(msg["fn"]))]
     return any(mask is not None and not bool(torch.as_tensor(mask).any()) for mask in masks)
 
 
 def innermost(fn: Any) -> Any:
     """The distribution inside ``Independent``, ``MaskedDistribution`` and their kin."""
-    *_, last = _layers(fn)
+    *_, last = layers(fn)
     return last
 
 
-def _layers(fn: Any) -> Iterator[Any]:
+def layers(fn: Any) -> Iterator[Any]:
+    """A distribution and those inside it, one in the other."""
     yield fn
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist

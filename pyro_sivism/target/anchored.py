@@ -26,6 +26,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pyro_sivism.target.arguments import version_of
+
 if TYPE_CHECKING:
     from pyro_sivism.layout import LatentLayout
     from pyro_sivism.target.density import Target
@@ -64,7 +66,7 @@ class AnchoredTarget:
         self._target = target
         self._anchor = anchor.detach().to(target.layout.dtype)[None]
         self._call, self._path = target.call, target.path
-        self._versions = [tensor._version for tensor in self._call.tensors]
+        self._versions = [version_of(tensor) for tensor in self._call.tensors]
         minibatch = target.minibatch
         log_densities, scores = [], []
         with torch.no_grad():
@@ -73,6 +75,7 @@ class AnchoredTarget:
                 log_densities.append(log_density.double())
                 scores.append(score.double())
         target.minibatch = minibatch
+        self._closed_over = target.closed_over
         self._log_density, self._score = torch.stack(log_densities).mean(0), torch.stack(scores).mean(0)
 
     @staticmethod
@@ -89,14 +92,15 @@ class AnchoredTarget:
 
     @property
     def is_current(self) -> bool:
-        """Whether the target is still bound to the same arguments, nobody has written into them, and no check of its
-        captured density has failed."""
+        """Whether the target is still bound to the same arguments, nobody has written into them or into what the model
+        closes over, and no check of its captured density has failed."""
         call = self._target.call
         return (
             self._target.path is self._path
             and (call.signature, call.frozen) == (self._call.signature, self._call.frozen)
             and all(tensor is other for tensor, other in zip(call.tensors, self._call.tensors))
-            and all(tensor._version == version for tensor, version in zip(call.tensors, self._versions))
+            and all(version_of(tensor) == version for tensor, version in zip(call.tensors, self._versions))
+            and self._target.closed_over == self._closed_over
         )
 
     @property

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-__all__ = ["Arguments"]
+__all__ = ["Arguments", "version_of"]
 
 _FROZEN = (float, np.floating, np.ndarray)
 _VALUES = (int, np.integer, np.bool_, str, type(None), torch.dtype, torch.device)
@@ -70,3 +70,8 @@ def _content(leaf: float | np.floating | np.ndarray) -> Any:
     if not isinstance(leaf, np.ndarray):
         return float(leaf)
     return hashlib.blake2b(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data).digest()
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """How often a tensor was written into; None of one made under ``torch.inference_mode``, which does not count."""
+    return None if tensor.is_inference() else tensor._version

@@ -1,7 +1,7 @@
 """What is known of a model at arguments of one signature: its runs, and the path that its scores are computed along.
 
 The first path that runs *and* agrees with the loop over particles is taken. The loop runs the model as its author
-does, so that it is right wherever the model is.
+does, so that it is right wherever the model is; but for Pyro's logarithm of small probabilities, see ``functorch.py``.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 from pyro_sivism.bijections import same_support
 from pyro_sivism.errors import ModelError, NonDeterministicModelError, TargetPathWarning
 from pyro_sivism.target.eager import run_along
+from pyro_sivism.target.observations import check_observations
 from pyro_sivism.target.paths import (
     PARTICLE_ERRORS,
     Allocations,
@@ -36,6 +37,8 @@ from pyro_sivism.warn import warn
 
 __all__ = ["Binding"]
 
+_CHECK_EVERY = 100  # other arguments: their observations
+
 
 class Binding:
     """A model bound to arguments, and checked there.
@@ -52,7 +55,8 @@ class Binding:
 
     Raises:
         NonDeterministicModelError: two evaluations at one point differ.
-        ModelError: a site's support depends on other latents, or the set of latents is not fixed.
+        ModelError: a site's support depends on other latents, the set of latents is not fixed, or a site cannot have
+            what it observes.
     """
 
     def __init__(self, runs: ModelRuns, init: Tensor, paths: Sequence[str]) -> None:
@@ -62,6 +66,8 @@ class Binding:
         self.bytes_per_particle = 1
         steps = torch.tensor([-1.0, -0.1, 0.1, 1.0], dtype=init.dtype, device=init.device)
         self._probes = init + steps[:, None] * direction(init)
+        self._num_changes = 0
+        self.check_observations()
         self.path = self._choose_path(paths)
 
     # --- evaluation ---------------------------------------------------------------------------------
@@ -234,6 +240,24 @@ class Binding:
                         f"it was {site.support}); expected a fixed support. Draw it on a fixed one and transform it, "
                         "e.g. u = pyro.sample('u', Uniform(0, 1)); x = low + (high - low) * u."
                     )
+
+    def note_change(self) -> None:
+        """Other arguments of the same signature are evaluated from now on."""
+        self.replays.note_change()
+        if self._num_changes % _CHECK_EVERY == 0:
+            self.check_observations()
+        self._num_changes += 1
+
+    def check_observations(self) -> None:
+        """Refuse data that a site cannot have, as Pyro does where validation is on."""
+        try:
+            with torch.no_grad(), poutine.block():
+                traces = [self.runs.trace(point) for point in (self.init, self._probes[0])]
+        except ModelError:
+            raise
+        except PARTICLE_ERRORS:  # a point may be infeasible; the loop tells if all are
+            return
+        check_observations(*traces)
 
 
 def _random_state(device: torch.device) -> tuple:

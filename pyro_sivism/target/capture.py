@@ -25,6 +25,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.func import vmap
 
+from pyro_sivism.target.arguments import version_of
 from pyro_sivism.target.batch_graph import BatchGraph, sizes_in, unused_size
 from pyro_sivism.target.broadcasts import expand_late, factor_out
 from pyro_sivism.target.functorch import functorch_ready
@@ -75,7 +76,8 @@ class CapturedDensity:
             raise CaptureError("arguments are selected by their values, and minibatches are drawn")
         self._runs, self._in_plate, self._factors_out = runs, in_plate, factors_out
         self._held = list(runs.arguments.tensors) if holds_arguments else None
-        self._versions: list[tuple[Tensor, int]] = []
+        self._versions: list[tuple[Tensor, int | None]] = []
+        self._closed_over: list[Tensor] = []
         self._stored_params: dict[str, Tensor] = {}
         runs.params(x)  # one that the store does not have yet is made by this run, and is not part of the graph
         self._graphs = {"both": self._record_batches(x)}
@@ -84,16 +86,24 @@ class CapturedDensity:
 
     @property
     def is_stale(self) -> bool:
-        """Whether a tensor that the model closed over has been changed in place, or a param replaced in the store."""
+        """Whether a tensor that the model closed over has been changed in place, or a param replaced in the store.
+
+        A change through ``.data`` leaves no trace on a tensor; the checks of replays find it.
+        """
         if self._held is not None:
             tensors = self._runs.arguments.tensors
-            if not all(tensor is held or torch.equal(tensor, held) for tensor, held in zip(tensors, self._held)):
+            if not all(tensor is held or _equal(tensor, held) for tensor, held in zip(tensors, self._held)):
                 return True
             self._held = list(tensors)  # the same objects need not be compared again
         stored = dict(pyro.get_param_store().named_parameters()) if self._stored_params else {}
-        return any(tensor._version != version for tensor, version in self._versions) or any(
+        return any(version_of(tensor) != version for tensor, version in self._versions) or any(
             stored.get(name) is not leaf for name, leaf in self._stored_params.items()
         )
+
+    @property
+    def versions(self) -> list[int | None]:
+        """Of all tensors that the model closed over, those that are learned included, whose values the graph reads."""
+        return [version_of(tensor) for tensor in self._closed_over]
 
     def graph(self, what: str) -> BatchGraph:
         """The graph that evaluates "log_density", "score" or "both" of a batch."""
@@ -156,7 +166,8 @@ class CapturedDensity:
         if is_random(recording):
             raise CaptureError("the model draws random numbers outside of its sample sites")
         held = recording.closed_over
-        self._versions += [(tensor, tensor._version) for tensor in held if not tensor.requires_grad]
+        self._closed_over += held
+        self._versions += [(tensor, version_of(tensor)) for tensor in held if not tensor.requires_grad]
         stored = pyro.get_param_store().named_parameters()
         self._stored_params |= {name: leaf for name, leaf in stored if any(leaf is tensor for tensor in held)}
         return expand_late(simplify(recording))
@@ -165,6 +176,12 @@ class CapturedDensity:
         """The inputs as objects of their own: a model that also closes over one of its arguments reads two different
         things, which a later call with other arguments tells apart."""
         return [tensor.detach() for tensor in self._runs.inputs] if self._held is None else []
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """As ``torch.equal``, a missing value being equal to another."""
+    same_kind = a.shape == b.shape and a.dtype == b.dtype
+    return same_kind and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def _with_score(log_densities: Function) -> Function:

@@ -73,7 +73,8 @@ class Target:
 
     Raises:
         NonDeterministicModelError: two evaluations at one point differ.
-        ModelError: a site's support depends on other latents, or the set of latents is not fixed.
+        ModelError: a site's support depends on other latents, the set of latents is not fixed, or a site cannot have
+            what it observes.
 
     Example:
 
@@ -151,6 +152,12 @@ class Target:
         """Every tensor that the density reads and that may change: those among the arguments, and the minibatch."""
         return self._binding.runs.inputs
 
+    @property
+    def closed_over(self) -> object:
+        """The graph of a captured path and what the tensors that it closes over are now: another value where either
+        has changed. None of other paths."""
+        return self._binding.replays.state(self.path.name)
+
     @contextmanager
     def inputs_replaced(self, inputs: Sequence[Tensor]) -> Iterator[None]:
         """Read these tensors in the place of :attr:`inputs` inside this context."""
@@ -190,7 +197,7 @@ class Target:
     def rebind(self, args: Sequence = (), kwargs: Mapping[str, Any] | None = None) -> bool:
         """Point the target at arguments of a signature that it has been bound to before; False if it has not.
 
-        Checked is only that no support moved with them.
+        Checked is only that no support moved with them, and now and then that sites can have what they observe.
         """
         arguments = Arguments(args, kwargs)
         binding = self._bindings.get(arguments.signature)
@@ -200,7 +207,7 @@ class Target:
         changed = not arguments.same_objects(binding.runs.arguments)
         self._binding, binding.runs.arguments = binding, arguments
         if changed:
-            binding.replays.note_change()
+            binding.note_change()
         binding.replays.is_check_due |= arguments.has_opaque
         if changed and any(vars(site.support) for site in self.layout.sites):
             binding.check_supports()

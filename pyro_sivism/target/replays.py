@@ -81,6 +81,11 @@ class Replays:
         captured = self._captures.get((path, self._runs.arguments.frozen))
         return None if captured is None or captured.is_stale else captured.graph(what)
 
+    def state(self, path: str) -> tuple[CapturedDensity, list[int | None]] | None:
+        """The capture at hand, and the versions of the tensors that it closes over; None where there is none."""
+        captured = self._captures.get((path, self._runs.arguments.frozen))
+        return None if captured is None else (captured, captured.versions)
+
     def clear(self) -> None:
         """Forget all graphs."""
         self._captures.clear()

@@ -16,6 +16,7 @@ from torch import Tensor
 from pyro_sivism.layout import LatentLayout
 from pyro_sivism.sites import is_enumerable
 from pyro_sivism.target.arguments import Arguments
+from pyro_sivism.target.functorch import exact_logs
 from pyro_sivism.target.handlers import Enumerate, LogJoint, SubstituteLatents, enumerated_log_joint
 from pyro_sivism.target.minibatches import draw_indices
 
@@ -69,14 +70,15 @@ class ModelRuns:
 
     def one(self, x: Tensor, *inputs: Tensor) -> Tensor:
         """``log p(x)`` of one point ``(D,)``, by one run of the model."""
-        if self.enumerates:
-            log_joint: Tensor | float = enumerated_log_joint(self.trace(x, *inputs))
-        else:
-            args, kwargs, minibatch = self._unpack(inputs)
-            handler = LogJoint(self._sites, self.layout.constrain(x), minibatch, self._plate_sizes)
-            with handler:
-                self.model(*args, **kwargs)
-            log_joint = handler.log_joint
+        with exact_logs():
+            if self.enumerates:
+                log_joint: Tensor | float = enumerated_log_joint(self.trace(x, *inputs))
+            else:
+                args, kwargs, minibatch = self._unpack(inputs)
+                handler = LogJoint(self._sites, self.layout.constrain(x), minibatch, self._plate_sizes)
+                with handler:
+                    self.model(*args, **kwargs)
+                log_joint = handler.log_joint
         return log_joint + self.layout.log_abs_det_jacobian(x)
 
     def in_plate(self, x: Tensor, *inputs: Tensor) -> Tensor:
@@ -88,7 +90,7 @@ class ModelRuns:
         aligned = x.reshape((num_particles,) + (1,) * nesting + (self.layout.dim,))
         values = {site.name: site.transform(u) for site, u in self.layout.split_aligned(aligned)}
         handler = LogJoint(self._sites, values, minibatch, self._plate_sizes, particle_dim=-1 - nesting)
-        with handler, pyro.plate(PARTICLE_PLATE, num_particles, dim=-1 - nesting):
+        with exact_logs(), handler, pyro.plate(PARTICLE_PLATE, num_particles, dim=-1 - nesting):
             self.model(*args, **kwargs)
         return handler.log_joint + self.layout.log_abs_det_jacobian(x)
 

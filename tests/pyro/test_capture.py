@@ -1096,3 +1096,20 @@ def test_an_infinite_density_has_no_slack():
     assert slack.tolist() == [0.0, 2.5, torch.inf]
     assert not agree(torch.zeros(3), want, slack)
     assert agree(want, want, slack)
+
+
+def test_missing_values_that_are_left_out_are_the_same_in_a_copy():
+    """A NaN equals none, but data of the same numbers and NaNs are no others."""
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(mu, 1.0).expand([3]).to_event(1), obs=y[~y.isnan()])
+
+    y = torch.tensor([1.0, torch.nan, 2.0, 3.0])
+    target = make_target(model, y)
+    for _ in range(10):
+        assert target.rebind((y.clone(),))
+        assert target.score(torch.zeros(1, 1)).item() == 6.0
+    assert target.path.name == "captured"
+    target.rebind((y.nan_to_num(5.0) * torch.tensor([1.0, 1.0, 1.0, torch.nan]),))
+    assert target.score(torch.zeros(1, 1)).item() == 8.0

@@ -452,3 +452,56 @@ def test_minibatches_together_are_the_full_data(float64):
     for got, want in zip(average.log_density_and_score(x), full.log_density_and_score(x)):
         torch.testing.assert_close(got, want)
     assert part.minibatch is held
+
+
+# --- logarithms of probabilities that are nearly none -------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["captured", "vmap", "loop"])
+def test_observations_that_contradict_each_other_have_their_whole_score(float64, path):
+    """Pyro's ``safe_log`` has the derivative 1 / max(x, eps), which where both values of a latent are unlikely is none
+    of the logarithm's: its scores were off by their whole size here."""
+    first, second = torch.tensor([-1.0, -1.1, -0.9]), torch.tensor([1.0, 1.2, 0.8])
+
+    def model():
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        with pyro.plate("rows", 3):
+            z = pyro.sample("z", dist.Categorical(torch.tensor([0.5, 0.5])))
+            pyro.sample("first", dist.Normal(mu[z], 0.2), obs=first)
+            pyro.sample("second", dist.Normal(mu[z], 0.2), obs=second)
+
+    target = make_target(model)
+    x = torch.tensor([[-1.0, 1.0], [-1.2, 0.7]], requires_grad=True)
+    terms = sum(dist.Normal(x, 0.2).log_prob(y[:, None, None]) for y in (first, second))
+    want = dist.Normal(0.0, 1.0).log_prob(x).sum(-1) + (terms - math.log(2.0)).logsumexp(-1).sum(0)
+    (want_score,) = torch.autograd.grad(want.sum(), x)
+    assert want_score.norm() > 50.0
+    assert target.path.name == "captured"
+    log_density, score = target._binding.evaluate_along(path, x.detach())
+    torch.testing.assert_close(log_density, want.detach())
+    torch.testing.assert_close(score, want_score)
+
+
+def test_a_chain_that_cannot_go_back_is_captured(float64):
+    """Transitions of probability 0, whose logarithm has no derivative, depend on no latent."""
+    y = torch.tensor([0.1, -0.2, 1.1, 0.9])
+    transitions = torch.tensor([[0.7, 0.3], [0.0, 1.0]])
+
+    def model():
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        z = 0
+        for t in pyro.markov(range(4)):
+            z = pyro.sample(f"z_{t}", dist.Categorical(transitions[z]))
+            pyro.sample(f"y_{t}", dist.Normal(mu[z], 0.5), obs=y[t])
+
+    target = make_target(model)
+    assert target.path.name == "captured"
+    x = torch.tensor([[0.0, 1.0]], requires_grad=True)
+    steps = torch.tensor([[[(t >= k) for t in range(4)] for k in range(5)]]).int()[0]  # goes over at time k, or never
+    chances = torch.tensor([0.3, 0.7 * 0.3, 0.7**2 * 0.3, 0.7**3 * 0.3, 0.7**4])
+    joint = chances.log() + dist.Normal(x[0][steps], 0.5).log_prob(y).sum(-1)
+    want = dist.Normal(0.0, 1.0).log_prob(x).sum() + joint.logsumexp(0)
+    (want_score,) = torch.autograd.grad(want, x)
+    log_density, score = target.log_density_and_score(x.detach())
+    torch.testing.assert_close(log_density[0], want.detach())
+    torch.testing.assert_close(score, want_score)

@@ -101,6 +101,34 @@ def test_no_longer_current_when_the_data_change():
     assert not target.is_current
 
 
+@pytest.mark.parametrize("what", ["data", "module"])
+def test_no_longer_current_when_what_the_model_closes_over_changes(what):
+    covariates, outcomes = data(60)
+    shift = torch.nn.Linear(1, 1)
+
+    def model():
+        weights = pyro.sample("weights", dist.Normal(0.0, 10.0).expand([DIM]).to_event(1))
+        mean = covariates @ weights + shift(covariates[:, :1])[:, 0]
+        with pyro.plate("rows", 60, subsample_size=10) as rows:
+            pyro.sample("outcomes", dist.Normal(mean[rows], 1.0), obs=outcomes[rows])
+
+    plain = make_target(model)
+    target = AnchoredTarget(plain, torch.ones(DIM))
+    target.score(torch.zeros(1, DIM))
+    assert target.is_current
+    with torch.no_grad():
+        (outcomes if what == "data" else shift.bias).add_(1.0)
+    assert not target.is_current
+    plain.score(torch.zeros(1, DIM))  # recorded anew, perhaps
+    assert not target.is_current
+
+
+def test_data_of_inference_mode_can_be_anchored():
+    with torch.inference_mode():
+        args = data(60)
+    assert AnchoredTarget(make_target(make_model(60, 10), *args), torch.ones(DIM)).is_current
+
+
 def test_no_longer_current_when_the_graph_is_given_up():
     covariates, outcomes = data(60)
     shift = [0.0]
