@@ -13,6 +13,7 @@ from typing import Any
 from pyro.infer.reparam import TransformReparam
 from pyro.infer.reparam.reparam import Reparam
 from pyro.poutine import Trace
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_sivism.layout import LatentLayout
@@ -72,7 +73,8 @@ class OwnSites:
         latents: dict[str, Site] = {site.name: site for site in layout.sites}
         computed: dict[str, Site] = {n: self._replay.sites[n] for n in _reparametrized(trace) if n in available}
         own = {n: latents.get(n) or computed[n] for n in trace.nodes if n in latents or n in computed}
-        self.sites = tuple(site for name, site in own.items() if not _is_auxiliary(name, computed))
+        auxiliary = _auxiliary(trace, computed)
+        self.sites = tuple(site for name, site in own.items() if name not in auxiliary)
 
     def draws(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The own sites' draws, from those of all the latents, ``(S, *site shape)`` each."""
@@ -104,9 +106,10 @@ def auxiliary_names(config: Mapping[str, Reparam], latents: Collection[str]) -> 
 def own_sites_first(values: Mapping[str, Tensor], trace: Trace) -> dict[str, Tensor]:
     """The own sites as the model has them, then what it computes, then auxiliary latents."""
     own = _reparametrized(trace)
+    auxiliary = _auxiliary(trace, own)
 
     def rank(name: str) -> int:
-        if _is_auxiliary(name, own):
+        if name in auxiliary:
             return 2
         return int(name not in own and trace.nodes[name]["is_observed"])
 
@@ -117,6 +120,14 @@ def _reparametrized(trace: Trace) -> list[str]:
     return [name for name, msg in trace.nodes.items() if msg["type"] == "sample" and is_reparametrized(msg)]
 
 
-def _is_auxiliary(name: str, reparametrized: Mapping[str, Any] | Sequence[str]) -> bool:
-    """Whether Pyro's handlers named a site after one of those; ``theta_mean`` is no auxiliary site of ``theta``."""
-    return any(name.startswith(own) and _SUFFIXES.fullmatch(name.removeprefix(own)) for own in reparametrized)
+def _auxiliary(trace: Trace, reparametrized: Collection[str]) -> set[str]:
+    """The sites that Pyro's handlers named after those, and drew for them just before: ``theta_mean`` is no auxiliary
+    site of ``theta``, nor is a ``theta_t`` that the model draws elsewhere."""
+    names = [n for n, msg in trace.nodes.items() if msg["type"] == "sample" and not site_is_subsample(msg)]
+    found = set()
+    for own in reparametrized:
+        for name in reversed(names[: names.index(own)]):
+            if not (name.startswith(own) and _SUFFIXES.fullmatch(name.removeprefix(own))):
+                break
+            found.add(name)
+    return found

@@ -161,6 +161,11 @@ def check_support(msg: dict) -> None:
             "use a ProjectedNormal with "
             f"poutine.reparam(model, config={{'{name}': pyro.infer.reparam.ProjectedNormalReparam()}})"
         )
+    elif fn.support.is_discrete and fn.event_dim > 0:
+        cure = (
+            "discrete latents are summed over one by one, when each has finitely many values: put them into a "
+            f"pyro.plate in the place of .to_event, or condition on them (poutine.condition(model, {{'{name}': ...}}))"
+        )
     elif fn.support.is_discrete:
         cure = (
             "discrete latents are summed over when they have finitely many values; truncate this one to a "

@@ -61,7 +61,7 @@ class SubstituteLatents(Messenger):
         self._plate_sizes = plate_sizes
         self._indices: dict[str, Tensor] = {}
         self._drawn: set[str] = set()
-        self._observed: set[str] = set()
+        self._masks_of_observed: dict[str, Tensor | bool | None] = {}
 
     def _pyro_sample(self, msg: dict) -> None:
         name = msg["name"]
@@ -77,14 +77,15 @@ class SubstituteLatents(Messenger):
                 msg["done"] = True
             return
         if msg["is_observed"]:
-            self._observed.add(name)
+            self._masks_of_observed[name] = msg["mask"]
             return
         if name in self._values:
             msg["value"] = minibatch_rows(msg, self._values[name], self._sites[name].event_dim, self._indices)
             msg["done"] = True
             self._drawn.add(name)
-            if name.endswith("_unobserved") and name.removesuffix("_unobserved") + "_observed" in self._observed:
-                _unmask_partly_observed(msg)
+            twin = name.removesuffix("_unobserved") + "_observed"
+            if name.endswith("_unobserved") and twin in self._masks_of_observed:
+                _unmask_partly_observed(msg, self._masks_of_observed[twin])
         elif msg["infer"].get("enumerate") == "sequential":
             raise ModelError(
                 f"discrete site '{name}' is marked infer={{'enumerate': 'sequential'}}, but discrete latents are "
@@ -127,12 +128,13 @@ def vanished_site(site: str) -> ModelError:
     )
 
 
-def _unmask_partly_observed(msg: dict) -> None:
+def _unmask_partly_observed(msg: dict, mask_of_observed: Tensor | bool | None) -> None:
     """Give the latent that ``pyro.sample(..., obs_mask=)`` makes its prior at the observed entries too.
 
     Pyro makes a latent of every entry and masks the density of the observed ones, whose values nothing reads: flat
     directions without a posterior. Unmasked they have their prior given the other latents, which integrates to one
-    and changes nothing else, unless it is raised to a power by ``poutine.scale``.
+    and changes nothing else, unless it is raised to a power by ``poutine.scale``. What the model itself masks is in
+    neither of the two masks, and stays so.
     """
     plates = math.prod(f.full_size / f.size for f in msg["cond_indep_stack"] if f.full_size and f.size > 0)
     if not bool((torch.as_tensor(msg["scale"]) - plates).abs().max() <= 1e-6 * plates):
@@ -140,7 +142,8 @@ def _unmask_partly_observed(msg: dict) -> None:
             f"site '{msg['name']}' comes from obs_mask under poutine.scale, where its density is not normalized; "
             "expected no scale but the plates'. Split the observations into the observed ones, scaled, and the rest."
         )
-    msg["mask"] = None
+    if msg["mask"] is not None and mask_of_observed is not None:
+        msg["mask"] = torch.as_tensor(msg["mask"]) | torch.as_tensor(mask_of_observed)
 
 
 class LogJoint(SubstituteLatents):

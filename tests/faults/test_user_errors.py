@@ -334,3 +334,12 @@ def test_all_errors_have_one_base_and_a_builtin():
     ):
         assert issubclass(error, SivismError)
         assert issubclass(error, builtin)
+
+
+def test_a_discrete_latent_of_many_dims():
+    def model(y):
+        z = pyro.sample("z", dist.Bernoulli(0.3).expand([3]).to_event(1))
+        pyro.sample("y", dist.Normal(z.sum(), 1.0), obs=y)
+
+    with pytest.raises(UnsupportedSiteError, match=r"latent site 'z'.*put them into a pyro\.plate in the place of"):
+        SIVISM(model).setup(torch.tensor(1.0))

@@ -910,6 +910,24 @@ def test_a_name_that_begins_with_anothers_is_a_site_of_its_own():
     assert torch.equal(got["theta_slope"], latents["theta_sd"] * latents["theta_slope_decentered"])
 
 
+@pytest.mark.parametrize("is_before", [True, False])
+def test_a_latent_named_as_pyro_names_auxiliary_ones_is_the_models(is_before):
+    def model(y):
+        shift = pyro.sample("theta_t", dist.Normal(0.0, 1.0)) if is_before else 0.0
+        sd = pyro.sample("sd", dist.HalfNormal(1.0))
+        theta = pyro.sample("theta", dist.Normal(0.0, sd).expand([3]).to_event(1))
+        shift = shift if is_before else pyro.sample("theta_t", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(theta + shift, 1.0).to_event(1), obs=y)
+
+    y = torch.tensor([1.0, -1.0, 0.5])
+    sivism = decentered_fit(model, y)
+    own = ["theta_t", "sd", "theta"] if is_before else ["sd", "theta", "theta_t"]
+    posterior = sivism.to_inference_data(y, num_samples=5)["posterior"]
+    assert list(posterior.data_vars) == [*own, "theta_decentered"]
+    compared = compare_with_nuts(sivism, y, num_samples=20, warmup_steps=10, progress_bar=False)
+    assert {row.site for row in compared.table} == set(own)
+
+
 def test_a_model_decentered_in_part_by_the_user_keeps_its_own_latents():
     half = poutine.reparam(eight_schools, config={"theta": LocScaleReparam(0.5)})
     sivism = decentered_fit(half, *DATA)

@@ -408,6 +408,31 @@ def test_obs_mask_leaves_no_flat_direction(float64):
     torch.testing.assert_close(masked.score(x), plain.score(x))
 
 
+def test_obs_mask_inside_a_mask_leaves_out_what_the_model_leaves_out(float64):
+    own_mask, seen = torch.tensor([False, True, True]), torch.tensor([False, True, False])
+    y = torch.tensor([0.3, 1.0, -0.4])
+
+    def partly_observed():
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 3), poutine.mask(mask=own_mask):
+            value = pyro.sample("y", dist.Normal(mu, 0.5), obs=y, obs_mask=seen)
+        pyro.sample("next", dist.Normal(value[0], 1.0), obs=torch.tensor(3.0))
+
+    x = torch.randn(5, 4, requires_grad=True)  # mu, and all of y
+    of_rows = dist.Normal(x[:, :1], 0.5)
+    terms = torch.where(own_mask, of_rows.log_prob(x[:, 1:]), 0.0) + torch.where(
+        own_mask & seen, of_rows.log_prob(y), 0.0
+    )
+    want = (
+        dist.Normal(0.0, 1.0).log_prob(x[:, 0]) + terms.sum(-1) + dist.Normal(x[:, 1], 1.0).log_prob(torch.tensor(3.0))
+    )
+    (want_score,) = torch.autograd.grad(want.sum(), x)
+    target = make_target(partly_observed)
+    assert target.layout.names == ("mu", "y_unobserved")
+    torch.testing.assert_close(target.log_density(x), want)
+    torch.testing.assert_close(target.score(x.detach()), want_score)
+
+
 def test_obs_mask_under_a_scale_is_refused():
     def model(y, seen):
         sd = pyro.sample("sd", dist.HalfNormal(1.0))
