@@ -81,7 +81,8 @@ def _check_support(msg: dict, elsewhere: dict) -> None:
         if mask is not None:
             is_off = is_off & torch.as_tensor(mask, device=is_off.device)
     if bool(is_off.any()):
-        low, high = value.min().item(), value.max().item()
+        known = value[value == value]  # no NaN
+        low, high = known.min().item(), known.max().item()
         raise ModelError(
             f"site '{msg['name']}' ({type(fn).__name__}) has observations off its support, {fn.support}: "
             f"{int(is_off.sum())} of them; they are from {low:.6g} to {high:.6g}. Recode the data, or choose a "
