@@ -21,10 +21,10 @@ __all__ = ["check_observations"]
 
 
 def check_observations(trace: Trace, elsewhere: Trace) -> None:
-    """Raise unless every observation fits the batch shape of its site, and lies on its support.
+    """Raise unless every observation fits the shape of its site, and lies on its support.
 
-    Not looked at are supports that move with the latents, entries that are masked or NaN, and sites that do not
-    validate, as with ``validate_args=False`` or ``pyro.enable_validation(False)``.
+    Not looked at are supports that move with the latents, entries that are masked or NaN, events that are masked in
+    part, and sites that do not validate, as with ``validate_args=False`` or ``pyro.enable_validation(False)``.
 
     Args:
         trace: a run of the model, with the user's validation.
@@ -45,19 +45,19 @@ def check_observations(trace: Trace, elsewhere: Trace) -> None:
 
 def _check_shape(msg: dict) -> None:
     fn, value = msg["fn"], torch.as_tensor(msg["value"])
-    own_shape, batch_shape = Size(fn.batch_shape), value.shape[: value.dim() - fn.event_dim]
+    own_batch, own_shape = Size(fn.batch_shape), Size(fn.batch_shape) + Size(fn.event_shape)
     try:
-        shape = Size(torch.broadcast_shapes(own_shape, batch_shape))
+        shape = torch.broadcast_shapes(own_shape, value.shape)
+        batch = torch.broadcast_shapes(own_batch, value.shape[: value.dim() - fn.event_dim])
     except RuntimeError:  # the log density raises as well
         return
+    fits = Size(shape).numel() <= max(own_shape.numel(), value.numel())
     if any(frame.vectorized for frame in msg["cond_indep_stack"]):
-        fits = _without_leading_ones(shape) == _without_leading_ones(own_shape)
-    else:
-        fits = shape.numel() <= max(own_shape.numel(), batch_shape.numel())
+        fits = fits and _without_leading_ones(Size(batch)) == _without_leading_ones(own_batch)
     if not fits:
         raise ModelError(
-            f"site '{msg['name']}' has batch shape {tuple(own_shape)} and observations of shape "
-            f"{tuple(value.shape)}, which together broadcast to {shape.numel()} terms, of shape {tuple(shape)}; "
+            f"site '{msg['name']}' has shape {tuple(own_shape)} and observations of shape {tuple(value.shape)}, which "
+            f"together broadcast to {Size(shape).numel()} numbers, of shape {tuple(shape)}; "
             "expected observations of the site's own shape. Reshape them, as by squeeze(-1), or add a plate."
         )
 
@@ -70,6 +70,9 @@ def _without_leading_ones(shape: Size) -> Size:
 
 def _check_support(msg: dict, elsewhere: dict) -> None:
     fn, value = msg["fn"], torch.as_tensor(msg["value"])
+    _, *inner = layers(fn)
+    if any(getattr(each, "_mask", None) is not None for each in inner):
+        return
     try:
         if not same_support(fn.support, elsewhere["fn"].support):
             return

@@ -45,24 +45,33 @@ def without_plate(y):
     pyro.sample("y", dist.Normal(slope * torch.arange(3.0), 1.0), obs=y)
 
 
-@pytest.mark.parametrize("model", [regression, without_plate])
+def as_event(y):
+    slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(slope * torch.arange(3.0), 1.0).to_event(1), obs=y)
+
+
+@pytest.mark.parametrize("model", [regression, without_plate, as_event])
 def test_a_column_beside_a_row(model):
     """Nine terms for three: the posterior would be a third as wide."""
-    with pytest.raises(
-        ModelError, match=r"site 'y' has batch shape \(3,\) and observations of shape \(3, 1\).*9 terms"
-    ):
+    with pytest.raises(ModelError, match=r"site 'y' has shape \(3,\) and observations of shape \(3, 1\), .* 9 numbers"):
         step(model, torch.ones(3, 1))
 
 
 def test_more_observations_than_a_plate_has():
-    with pytest.raises(
-        ModelError, match=r"site 'y' has batch shape \(3,\) and observations of shape \(2, 3\).*a plate"
-    ):
+    with pytest.raises(ModelError, match=r"site 'y' has shape \(3,\) and observations of shape \(2, 3\).*a plate"):
         step(regression, torch.ones(2, 3))
 
 
 @pytest.mark.parametrize(
-    ("model", "shape"), [(regression, (3,)), (regression, (1, 3)), (without_plate, (3,)), (without_plate, (5, 3))]
+    ("model", "shape"),
+    [
+        (regression, (3,)),
+        (regression, (1, 3)),
+        (without_plate, (3,)),
+        (without_plate, (5, 3)),
+        (as_event, (3,)),
+        (as_event, (5, 3)),
+    ],
 )
 def test_shapes_that_are_right(model, shape):
     step(model, torch.ones(shape))
@@ -112,6 +121,11 @@ def masked(y):
         rows_of(lambda mu: dist.Exponential(mu.exp()))(y)
 
 
+def masked_in_part(y):
+    rate = pyro.sample("mu", dist.Normal(0.0, 1.0)).exp().expand(3)
+    pyro.sample("y", dist.Exponential(rate).mask(torch.tensor([True, False, True])).to_event(1), obs=y)
+
+
 @pytest.mark.parametrize(
     ("model", "y"),
     [
@@ -119,8 +133,9 @@ def masked(y):
         (rows_of(lambda mu: dist.Uniform(0.0, 3.0 * mu.exp())), [0.5, 1.0, 2.9]),  # at other latents off its support
         (masked, [1.0, -1.0, 2.0]),
         (rows_of(lambda mu: dist.Exponential(mu.exp()).mask(torch.tensor([True, False, True]))), [1.0, -1.0, 2.0]),
+        (masked_in_part, [1.0, -1.0, 2.0]),
     ],
-    ids=["soft_labels", "moving_support", "masked", "masked_distribution"],
+    ids=["soft_labels", "moving_support", "masked", "masked_distribution", "event_masked_in_part"],
 )
 def test_observations_that_are_right(model, y):
     step(model, torch.tensor(y))
